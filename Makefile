@@ -1,0 +1,56 @@
+# `make book` and `make test` are all a reader needs; each makes the virtual environment first if it is missing.
+PYTHON ?= python3
+JOBS ?= 2
+PY := .venv/bin/python
+STAMP := .venv/.stamp
+HTML := _build/html/.stamp
+PAGES := $(shell find book peftref -type f -not -path '*/vendor/*' -not -path '*/__pycache__/*' -not -name '.*')
+
+.PHONY: book test chapter execute bench lock clean
+.DELETE_ON_ERROR:
+
+# Execute the chapters whose code, modules or data have changed, then build the pages.
+book: $(STAMP)
+	@$(PY) -m tools.chapters --stale --jobs $(JOBS)
+	@$(MAKE) --no-print-directory $(HTML)
+	@echo "The book: file://$(CURDIR)/_build/html/index.html"
+
+test: $(STAMP)
+	$(PY) -m pytest
+
+# make chapter NAME=tta/lame
+chapter: $(STAMP)
+	@test -n "$(NAME)" || { echo "usage: make chapter NAME=tta/lame"; exit 2; }
+	$(PY) -m tools.chapters $(NAME)
+
+execute: $(STAMP)
+	$(PY) -m tools.chapters --jobs $(JOBS)
+
+bench: $(STAMP)
+	@set -e; for file in benchmarks/*/bench_*.py; do echo "== $$file"; $(PY) $$file; done
+
+# Exact versions for every Python from 3.10 on; names no index and no path.
+lock: $(STAMP)
+	$(PY) -m pip install -q uv
+	.venv/bin/uv pip compile pyproject.toml --universal --python-version 3.10 --extra test --extra bench \
+		--no-header --no-annotate --no-emit-index-url --upgrade -o requirements.lock
+
+clean:
+	rm -rf _build .venv book/_static/vendor build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is the last thing written: an environment that was interrupted half-way has none and is made anew.
+$(STAMP): requirements.lock pyproject.toml
+	@test -e $@ || rm -rf .venv
+	@test -e .venv || $(PYTHON) -m venv .venv
+	$(PY) -m pip install -q --disable-pip-version-check -r requirements.lock
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+# Always from scratch: Sphinx repeats no warning of a page it does not read again, so an incremental build could pass
+# where a clean one fails.
+$(HTML): $(STAMP) $(PAGES) _config.yml _toc.yml CHANGELOG.md tools/vendor.py
+	@$(PY) -m tools.vendor
+	@rm -rf _build
+	.venv/bin/jupyter-book build . -n -W --keep-going
+	@touch $@

@@ -1,0 +1,1 @@
+"""Benchmarks of the test-time adaptation part."""

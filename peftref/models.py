@@ -1,0 +1,161 @@
+"""Small backbones that train in seconds, their shipped source weights, and the entry to timm's large ones.
+
+Every model here speaks timm's protocol: ``forward_features(x)``, ``forward_head(h, pre_logits=False)``, ``forward(x)``.
+
+>>> import torch
+>>> net = SmallCNN()
+>>> net(torch.rand(2, 1, 28, 28)).shape
+torch.Size([2, 10])
+>>> net.forward_head(net.forward_features(torch.rand(2, 1, 28, 28)), pre_logits=True).shape
+torch.Size([2, 64])
+"""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+__all__ = ["Normalised", "SmallCNN", "fit", "from_timm", "pretrained", "predict"]
+
+SEEDS = (0, 1, 2)  # source networks shipped for each dataset
+
+
+class SmallCNN(nn.Module):
+    """Five 3 x 3 convolutions, each with BatchNorm and ReLU, then global average pooling and a linear head.
+
+    Args:
+        in_chans: image channels.
+        num_classes: K.
+        width: channels of the first layer; the last has four times as many.
+
+    Shape:
+        ``(N, in_chans, H, W) -> (N, num_classes)``; 28 x 28 images cost about 1.6 million multiplications at width 16.
+    """
+
+    def __init__(self, in_chans: int = 1, num_classes: int = 10, width: int = 16) -> None:
+        super().__init__()
+        w = width
+        plan = [(in_chans, w, 2), (w, w, 1), (w, 2 * w, 2), (2 * w, 2 * w, 1), (2 * w, 4 * w, 2)]
+        self.stages = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(i, o, 3, s, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True))
+                for i, o, s in plan
+            )
+        )
+        self.num_features = 4 * w
+        self.fc = nn.Linear(4 * w, num_classes)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.stages(x)  # (N, 4 width, H/8, W/8)
+
+    def forward_head(self, h: Tensor, pre_logits: bool = False) -> Tensor:
+        h = h.mean((2, 3))  # (N, 4 width)
+        return h if pre_logits else self.fc(h)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+class Normalised(nn.Module):
+    """A classifier fed images in [0, 1]: the normalisation its weights expect moves inside.
+
+    Methods and corruptions of this package all work on [0, 1] images, so a backbone carries its own mean and standard
+    deviation; a wrong pair is the commonest cause of numbers that do not reproduce.
+    """
+
+    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.model.forward_features((x - self.mean) / self.std)
+
+    def forward_head(self, h: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.model.forward_head(h, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def fit(
+    model: nn.Module, x: Tensor, y: Tensor, epochs: int = 10, lr: float = 3e-3, batch_size: int = 100, seed: int = 0
+) -> nn.Module:
+    """Train ``model`` in place by cross-entropy: AdamW, one-cycle learning rate, images shifted by up to two pixels.
+
+    Args:
+        x, y: images (N, C, H, W) in [0, 1] and classes (N,).
+        lr: peak of the one-cycle schedule.
+        seed: of the order of the batches and of the shifts.
+
+    Returns:
+        ``model`` in eval mode.
+    """
+    if len(x) != len(y) or len(x) == 0:
+        raise ValueError(f"x, y: expected equal, positive numbers of images and classes, got {len(x)} and {len(y)}")
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
+    steps = epochs * -(-len(x) // batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    model.train()
+    for _ in range(epochs):
+        for i in torch.randperm(len(x), generator=generator).split(batch_size):
+            dy, dx = torch.randint(-2, 3, (2,), generator=generator).tolist()
+            batch = F.pad(x[i], (2, 2, 2, 2))[..., 2 + dy : 2 + dy + x.shape[-2], 2 + dx : 2 + dx + x.shape[-1]]
+            F.cross_entropy(model(batch), y[i]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    return model.eval()
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, x: Tensor, batch_size: int = 1000) -> Tensor:
+    """Logits of all images ``x``, batch by batch: ``(N, ...) -> (N, K)``. Uses the model in the mode it is in."""
+    return torch.cat([model(b) for b in x.split(batch_size)])
+
+
+def pretrained(name: str, seed: int = 0) -> SmallCNN:
+    """A source network shipped with the package, in eval mode.
+
+    Args:
+        name: dataset it was trained on, ``"fashion8k"`` or ``"mnist5k"``.
+        seed: 0, 1 or 2: initialisation and order of the batches.
+
+    Raises:
+        ValueError: no such network.
+    """
+    folder = files("peftref") / "weights"
+    resource = folder / f"cnn_{name}_{seed}.safetensors"
+    if not resource.is_file():
+        have = sorted(f.name[4:-12] for f in folder.iterdir() if f.name.endswith(".safetensors"))
+        raise ValueError(f"name, seed: expected one of the shipped networks {have}, got {name!r} and {seed!r}")
+    with as_file(resource) as path:
+        state = load_file(path)
+    model = SmallCNN(width=len(state["stages.0.1.weight"]))
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    return model.eval()
+
+
+def from_timm(name: str, pretrained: bool = False, checkpoint: str | Path | None = None, **kwargs) -> Normalised:
+    """A timm model that takes images in [0, 1], in eval mode; its mean and standard deviation come with its weights.
+
+    Args:
+        name: full timm tag, architecture and weights (``"vit_base_patch16_224.augreg2_in21k_ft_in1k"``).
+        pretrained: let timm download the weights.
+        checkpoint: or load them from this file.
+        kwargs: passed on to ``timm.create_model``.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError("from_timm needs timm: pip install 'peftref[vision]'") from error
+    model = timm.create_model(name, pretrained=pretrained, checkpoint_path=str(checkpoint or ""), **kwargs)
+    config = timm.data.resolve_data_config({}, model=model)
+    return Normalised(model, config["mean"], config["std"]).eval()

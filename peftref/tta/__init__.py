@@ -1,0 +1,1 @@
+"""Test-time adaptation: a trained classifier meets unlabelled, shifted data."""

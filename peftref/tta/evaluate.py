@@ -1,0 +1,121 @@
+r"""The online protocol: every method meets the same stream once, and is scored on the answers it gives on the way.
+
+For domains :math:`c` with :math:`n_c` images, error :math:`e_c = 100\,(1 - \text{correct}_c/n_c)`; the mean error is the
+plain mean over domains (eq-tta-error),
+
+.. math:: \bar e = \tfrac1C\sum_c e_c ,
+
+not weighted by :math:`n_c`. Labels reach the metric only, never the method.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from ..data.streams import Stream
+
+__all__ = ["Run", "drift", "error_by_domain", "mean_error", "mean_recall", "run", "running_error", "summary"]
+
+
+class Run(NamedTuple):
+    """What one method did on one stream.
+
+    Attributes:
+        batches: one row per batch: ``segment``, ``domain``, ``severity``, ``n``, ``wrong``, ``seconds``, and what
+            ``observe`` returned.
+        predictions: predicted classes in stream order, ``(N,)``.
+        labels: true classes, ``(N,)``.
+    """
+
+    batches: pd.DataFrame
+    predictions: Tensor
+    labels: Tensor
+
+
+def run(
+    method: nn.Module,
+    stream: Stream,
+    *,
+    reset: str = "first",
+    observe: Callable[[nn.Module], Mapping[str, float]] | None = None,
+) -> Run:
+    """Predict a whole stream online.
+
+    Args:
+        method: takes a batch, returns logits ``(B, K)``; adapts on the way if it is that kind. A plain classifier is
+            used in eval mode.
+        stream: iterated once; its labels are only compared with.
+        reset: ``"first"``: before the first batch only (continual); ``"segment"``: before every segment.
+        observe: called after each batch, returns further columns, e.g. :func:`drift`.
+    """
+    if reset not in ("first", "segment"):
+        raise ValueError(f"reset: expected 'first' or 'segment', got {reset!r}")
+    restart = getattr(method, "reset", lambda: None)
+    restart()
+    method.eval()
+    rows, predictions = [], []
+    for segment, part in enumerate(stream.segments()):
+        if reset == "segment" and segment:
+            restart()
+        for batch in part:
+            start = time.perf_counter()
+            with torch.no_grad():  # methods that learn switch gradients on themselves
+                predicted = method(batch.x).argmax(-1)
+            seconds = time.perf_counter() - start
+            predictions.append(predicted)
+            rows.append(
+                {
+                    "segment": segment,
+                    "domain": stream.names[int(batch.domain[0])],
+                    "severity": int(batch.severity[0]),
+                    "n": len(batch.y),
+                    "wrong": int((predicted != batch.y).sum()),
+                    "seconds": seconds,
+                    **(observe(method) if observe else {}),
+                }
+            )
+    return Run(pd.DataFrame(rows), torch.cat(predictions), stream.y)
+
+
+def error_by_domain(result: Run) -> pd.Series:
+    """Error in % of each domain, in order of first appearance."""
+    total = result.batches.groupby("domain", sort=False)[["wrong", "n"]].sum()
+    return (100 * total.wrong / total.n).rename("error")
+
+
+def mean_error(result: Run) -> float:
+    """Plain mean in % over segments: each visit to a domain counts once."""
+    total = result.batches.groupby("segment", sort=False)[["wrong", "n"]].sum()
+    return float((100 * total.wrong / total.n).mean())  # eq-tta-error
+
+
+def running_error(result: Run, window: int = 10) -> np.ndarray:
+    """Error in % over the last ``window`` batches, one value per batch."""
+    rolling = result.batches[["wrong", "n"]].rolling(window, min_periods=1).sum()
+    return (100 * rolling.wrong / rolling.n).to_numpy()
+
+
+def mean_recall(result: Run, num_classes: int) -> float:
+    """Mean over the classes that occur of the per-class accuracy, in %: the metric under a shift of the prior."""
+    hits = torch.bincount(result.labels[result.predictions == result.labels], minlength=num_classes)
+    seen = torch.bincount(result.labels, minlength=num_classes)
+    return float(100 * (hits[seen > 0] / seen[seen > 0]).mean())
+
+
+def drift(method: nn.Module, model: str = "student") -> dict[str, float]:
+    r"""Distance of the adapted network from its source, :math:`\|\theta_t-\theta_0\|_2`; for ``observe``."""
+    pairs = zip(getattr(method, model).parameters(), method.source.parameters(), strict=True)
+    return {"drift": float(torch.stack([(p.detach() - q).float().norm() for p, q in pairs]).norm())}
+
+
+def summary(runs: Mapping[str, Sequence[Run]], value: Callable[[Run], float] = mean_error) -> pd.DataFrame:
+    """Mean and standard deviation over seeds of ``value``: one row per method."""
+    table = pd.DataFrame({name: [value(r) for r in seeds] for name, seeds in runs.items()}).T
+    return pd.DataFrame({"mean": table.mean(1), "std": table.std(1, ddof=1)})

@@ -1,0 +1,1 @@
+"""Weights of the small source networks, with the script that made them."""

@@ -1,0 +1,103 @@
+"""Shared by all tests: the built book, a browser, and the time that a chapter may take."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, BrowserType
+
+ROOT = Path(__file__).resolve().parents[1]
+# A chapter runs in 45 s on two free cores; twice that where the machine is shared.
+CHAPTER_SECONDS = float(os.environ.get("PEFTREF_CHAPTER_SECONDS", 90))
+# As root Chromium has no sandbox; the rest keeps it from looking for its maker's hosts.
+CHROMIUM = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+_seconds: dict[str, float] = defaultdict(float)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add up the time of a chapter's cells."""
+    if report.nodeid.split("::")[0].endswith(".ipynb"):
+        _seconds[report.nodeid.split("::")[0]] += report.duration
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A chapter that takes too long fails the run."""
+    if session.exitstatus == 0 and any(seconds > CHAPTER_SECONDS for seconds in _seconds.values()):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Show what each chapter takes."""
+    if _seconds:
+        terminalreporter.section(f"chapters (each may take {CHAPTER_SECONDS:.0f} s)")
+    for name, seconds in _seconds.items():
+        late = seconds > CHAPTER_SECONDS
+        terminalreporter.line(f"{seconds:6.1f} s  {name}{'  TOO LONG: the run fails' if late else ''}", red=late)
+
+
+def make(target: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run ``make target``, whoever called us."""
+    env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    return subprocess.run(
+        ["make", target], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+@pytest.fixture(scope="session")
+def html() -> Path:
+    """The folder of the built book; builds it where it is missing or older than its sources."""
+    done = make("_build/html/.stamp")
+    if done.returncode:
+        pytest.fail(f"the book does not build:\n{done.stdout[-6000:]}", pytrace=False)
+    return ROOT / "_build" / "html"
+
+
+def _launch(chromium: BrowserType) -> Browser:
+    """Chromium of the system, else Playwright's own, else Debian's package (as root)."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None and not Path(chromium.executable_path).exists():
+        install = [sys.executable, "-m", "playwright", "install", "chromium"]
+        if subprocess.run(install, capture_output=True, timeout=300).returncode:
+            if os.name != "posix" or os.geteuid() != 0 or not shutil.which("apt-get"):
+                raise RuntimeError("no system Chromium, Playwright could not fetch one, and not root on Debian")
+            subprocess.run(["apt-get", "update", "-qq"], capture_output=True, timeout=300)
+            subprocess.run(["apt-get", "install", "-y", "-qq", "chromium"], capture_output=True, timeout=900)
+            path = shutil.which("chromium")
+    return chromium.launch(executable_path=path, args=CHROMIUM)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Headless Chromium. Where none can be had the test is skipped, or fails if ``PEFTREF_REQUIRE_BROWSER`` is set."""
+    from playwright.sync_api import Error, sync_playwright
+
+    with sync_playwright() as playwright:
+        try:
+            instance = _launch(playwright.chromium)
+        except (Error, RuntimeError, subprocess.TimeoutExpired) as error:
+            reason = f"no browser: {error}"
+            if os.environ.get("PEFTREF_REQUIRE_BROWSER"):
+                pytest.fail(reason, pytrace=False)
+            pytest.skip(reason)
+        yield instance
+        instance.close()

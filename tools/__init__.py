@@ -1,0 +1,1 @@
+"""Commands behind the Makefile; not part of the package."""
