@@ -9,8 +9,9 @@ PAGES := $(shell find book peftref -type f -not -path '*/vendor/*' -not -path '*
 .PHONY: book test chapter execute bench lock clean
 .DELETE_ON_ERROR:
 
-# Execute the chapters whose code, modules or data have changed, then build the pages.
+# Write what follows from the catalogue, execute the chapters whose code, modules or data have changed, build the pages.
 book: $(STAMP)
+	@$(PY) -m tools.readme
 	@$(PY) -m tools.chapters --stale --jobs $(JOBS)
 	@$(MAKE) --no-print-directory $(HTML)
 	@echo "The book: file://$(CURDIR)/_build/html/index.html"

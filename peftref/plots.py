@@ -108,14 +108,14 @@ def lines(
         shapes = {name: y.shape for name, y in curves.items()}
         raise ValueError(f"ys: expected curves of shape (T,) or (seeds, T) with T = {x.size}, got {shapes}")
     with style():
-        upright = any(len(label) > 3 for *_, label in regions)
+        upright = len(regions) * max((len(label) for *_, label in regions), default=0) > 40  # too long to lie
         figure = Plot(height=3.2 + 0.9 * upright)
         axes = figure.subplots()
         axes.set(xlabel=xlabel, ylabel=ylabel, xscale=xscale, yscale=yscale, xlim=(x.min(), x.max()))
         for i, (start, stop, label) in enumerate(regions):
             axes.axvspan(start, stop, color=GREY, alpha=0.07 + 0.11 * (i % 2), linewidth=0)
-            place = axes.get_xaxis_transform()
-            axes.text((start + stop) / 2, 1.02, label, transform=place, rotation=90 * upright, ha="center", size=9)
+            middle, place = np.clip((start, stop), x.min(), x.max()).mean(), axes.get_xaxis_transform()
+            axes.text(middle, 1.02, label, transform=place, rotation=90 * upright, ha="center", size=9)
         for (name, y), colour, dash in zip(curves.items(), _colours(curves), cycle(DASHES), strict=False):
             mean = y.mean(0)
             axes.plot(x, mean, color=colour, linestyle=dash, label=name)
@@ -252,7 +252,7 @@ def _name_ends(axes: Axes) -> None:
     order, at = np.argsort(ends), ends.copy()
     for below, above in zip(order, order[1:], strict=False):
         at[above] = max(at[above], at[below] + gap)
-    at -= max(0.0, (at.max() - max(1.0, ends.max())) / 2)  # share the push between both sides
+    at -= max(0.0, at.max() - max(1.0, ends.max()))  # pushed up to the names of the regions: all come down again
     for (line, _), end, place in zip(curves, ends, at, strict=True):
         same = {"transform": axes.transAxes, "clip_on": False}
         axes.plot([1, 1.05], [end, place], color=line.get_color(), linewidth=1.2, scalex=False, scaley=False, **same)

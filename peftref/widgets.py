@@ -1,8 +1,9 @@
-r"""Live figures for a page with no Python behind it.
+"""Live figures for a page with no Python behind it.
 
-:func:`explore` draws every picture of a grid beforehand, puts them in nested ``ipywidgets.Stack`` boxes (one level per control) and links
-each control to its boxes *in the browser*. Moving a control then only changes which picture is shown, in Colab and in the published page
-alike. Before the page's scripts have run, and for readers without them, the starting picture stands there as an ordinary image.
+:func:`explore` draws every picture of a grid beforehand, puts them in nested ``ipywidgets.Stack`` boxes (one level per
+control) and links each control to its boxes *in the browser*. Moving a control then only changes which picture shows,
+in a notebook and in the published page alike. Before the page's scripts have run, and for readers without them, the
+starting picture stands there as an ordinary image.
 
 >>> from peftref import plots
 >>> def draw(k, kind):
@@ -64,14 +65,14 @@ def explore(
     """A figure whose parameters the reader moves.
 
     Args:
-        fn: called once with each point of the grid, by keyword; returns a figure, or HTML whose images have their alt text.
+        fn: called once with each point of the grid, by keyword; returns a figure, or HTML (its images with alt text).
         alt: what the picture shows: a sentence, to which the values are added, or a function of the point.
         labels: parameter -> label of its control, with unit.
         start: parameter -> value shown first; by default the first one.
-        grid: parameter -> its values. Numbers get a slider, anything else a menu; the first parameter is on top.
+        grid: parameter -> its values. Numbers get a slider, anything else a menu; the first one is on top.
 
     Raises:
-        ValueError: an empty grid, a control without label, a start or a value that does not fit, or pictures above ``BUDGET``.
+        ValueError: an empty grid, a control without label, a start outside the grid, or pictures above ``BUDGET``.
     """
     if not grid or any(len(values) < 2 or len(set(values)) < len(values) for values in grid.values()):
         raise ValueError(f"grid: expected parameters with two or more different values each, got {grid}")
@@ -87,11 +88,12 @@ def explore(
         words = ", ".join(f"{labels[name]} = {value}" for name, value in point.items())
         frames[values] = _html(fn(**point), alt(**point) if callable(alt) else f"{alt}; {words}")
         if (size := size + len(frames[values])) > BUDGET:
-            raise ValueError(f"grid: expected pictures of at most {BUDGET} bytes in all, got {size} after {len(frames)}")
+            raise ValueError(f"grid: expected pictures of at most {BUDGET} bytes in all, got {size}")
 
     controls = {name: _control(values, labels[name], first[name]) for name, values in grid.items()}
     picture = (_stacked if hasattr(ipywidgets, "Stack") else _observed)(frames, list(controls.values()))
-    return Explorer(ipywidgets.VBox([*controls.values(), picture]), frames, frames[tuple(first[name] for name in grid)])
+    widget = ipywidgets.VBox([*controls.values(), picture])
+    return Explorer(widget, frames, frames[tuple(first[name] for name in grid)])
 
 
 def _html(shown: Figure | str, alt: str) -> str:

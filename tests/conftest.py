@@ -86,7 +86,7 @@ def _launch(chromium: BrowserType) -> Browser:
     return chromium.launch(executable_path=path, args=CHROMIUM)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not for the session: while it is open, its event loop runs, and asyncio.run() cannot
 def browser() -> Iterator[Browser]:
     """Headless Chromium. Where none can be had the test is skipped, or fails if ``PEFTREF_REQUIRE_BROWSER`` is set."""
     from playwright.sync_api import Error, sync_playwright

@@ -56,9 +56,12 @@ PACKAGES = (
 )
 # Loaded between require.js and the bundle. require.js resolves module names against the page, so the bundle would look
 # for its icons beside each page: let it look beside the scripts. And the bundle typesets the labels of widgets by the
-# interface of MathJax 2, which version 3 does not have: give it one.
+# interface of MathJax 2, which version 3 does not have: give it one. And the theme's Font Awesome replaces icons by
+# drawings as they appear, under the hands of the Play widget, whose links then stop working: only icons that are in the
+# page from the start shall be drawn.
 WIDGETS = """\
 require.config({baseUrl: new URL('.', document.currentScript.src).href});
+if (window.FontAwesome) FontAwesome.config.observeMutations = false;
 document.addEventListener('DOMContentLoaded', () => {
   if (window.MathJax) {
     MathJax.Hub = {Queue: ([, , node]) => MathJax.startup.promise.then(() => MathJax.typesetPromise([node]))};

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -57,7 +58,7 @@ def adapting(forward: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[nn.Mod
     @functools.wraps(forward)
     def wrapper(self: nn.Module, x: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
-            return forward(self, x.clone() if x.is_inference() else x)
+            return forward(self, x.clone() if isinstance(x, Tensor) and x.is_inference() else x)
 
     return wrapper
 
@@ -103,7 +104,7 @@ class Adapted(nn.Module):
 
 
 def gradient_step(loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
-    """One optimiser step on ``loss``; a loss that is not finite, or a failing backward pass, leaves the weights alone.
+    """One optimiser step on ``loss``; a loss or gradient that is not finite, or a failing pass, leaves the weights alone.
 
     Returns:
         Whether the step was taken.
@@ -111,6 +112,9 @@ def gradient_step(loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
     try:
         if finite := bool(loss.isfinite()):  # one broken batch must not poison the model for the rest of the stream
             loss.backward()
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            finite = bool(torch.nn.utils.get_total_norm(gradients, math.inf).isfinite())
+        if finite:
             optimizer.step()
     finally:
         optimizer.zero_grad(set_to_none=True)
@@ -119,7 +123,7 @@ def gradient_step(loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
 
 def check_positive(name: str, value: float, upper: float | None = None) -> None:
     """``value`` must lie in ``[0, upper]``."""
-    if not (0 <= value and (upper is None or value <= upper)):
+    if not (0 <= value < math.inf and (upper is None or value <= upper)):
         raise ValueError(f"{name}: expected a number in [0, {'inf)' if upper is None else f'{upper:g}]'}, got {value!r}")
 
 

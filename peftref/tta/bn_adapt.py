@@ -79,6 +79,7 @@ class BNAdapt(Adapted):
         shape = (1, -1) + (1,) * (x.ndim - 2)
         var_b, mean_b = torch.var_mean(x, dim=[d for d in range(x.ndim) if d != 1], correction=0)
         mean_s, var_s = layer.running_mean, layer.running_var
+        mean_b, var_b = mean_b.to(mean_s.dtype), var_b.to(var_s.dtype)  # under autocast x is narrower
         # eq-tta-bn
         mean, var = torch.lerp(mean_s, mean_b, self.alpha), torch.lerp(var_s, var_b, self.alpha)
         ratio = ((var_s + layer.eps) / (var + layer.eps)).sqrt()

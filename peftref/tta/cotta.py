@@ -41,6 +41,7 @@ torch.Size([5, 3])
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -159,8 +160,12 @@ class CoTTA(Adapted):
         check_positive("lr", lr)
         check_positive("momentum", momentum, 1)
         check_positive("restore_p", restore_p, 1)
-        if n_views < 0 or steps < 1:
-            raise ValueError(f"n_views, steps: expected n_views >= 0 and steps >= 1, got {n_views} and {steps}")
+        if not (isinstance(n_views, int) and n_views >= 0 and isinstance(steps, int) and steps >= 1):
+            raise ValueError(f"n_views, steps: expected integers >= 0 and >= 1, got {n_views!r} and {steps!r}")
+        if math.isnan(threshold):
+            raise ValueError("threshold: expected a number, got nan")
+        if next(model.parameters(), None) is None:
+            raise ValueError("model: expected at least one parameter to adapt, got none")
         self.lr, self.momentum, self.restore_p, self.threshold = lr, momentum, restore_p, threshold
         self.n_views, self.symmetric, self.steps = n_views, symmetric, steps
         self.views = RandomViews(seed) if views is None else views
@@ -171,6 +176,7 @@ class CoTTA(Adapted):
         self.source._apply(at_least_float32)
         self.reset()
 
+    @torch.inference_mode(False)  # copies made in a caller's inference mode could never learn
     def reset(self) -> None:
         self.teacher = copy.deepcopy(self.source)
         self.student = copy.deepcopy(self.source).requires_grad_(True)

@@ -17,26 +17,29 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from joblib import Parallel, delayed
 from torch import Tensor, nn
 
 from ..data.streams import Stream
 
-__all__ = ["Run", "drift", "error_by_domain", "mean_error", "mean_recall", "run", "running_error", "summary"]
+__all__ = ["Run", "drift", "error_by_domain", "mean_error", "mean_recall", "run", "run_seeds", "running_error", "summary"]
 
 
 class Run(NamedTuple):
     """What one method did on one stream.
 
     Attributes:
-        batches: one row per batch: ``segment``, ``domain``, ``severity``, ``n``, ``wrong``, ``seconds``, and what
-            ``observe`` returned.
+        batches: one row per batch: ``segment``, ``domain`` and ``severity`` (of its first image), ``n``, ``wrong``,
+            ``seconds``, and what ``observe`` returned.
         predictions: predicted classes in stream order, ``(N,)``.
         labels: true classes, ``(N,)``.
+        domains: name of the domain of every image, ``(N,)``; a batch of a mixed stream holds several.
     """
 
     batches: pd.DataFrame
     predictions: Tensor
     labels: Tensor
+    domains: np.ndarray
 
 
 def run(
@@ -68,6 +71,7 @@ def run(
             start = time.perf_counter()
             with torch.no_grad():  # methods that learn switch gradients on themselves
                 predicted = method(batch.x).argmax(-1)
+            wrong = int((predicted != batch.y).sum())  # waits for the device: only now is the answer there
             seconds = time.perf_counter() - start
             predictions.append(predicted)
             rows.append(
@@ -76,18 +80,54 @@ def run(
                     "domain": stream.names[int(batch.domain[0])],
                     "severity": int(batch.severity[0]),
                     "n": len(batch.y),
-                    "wrong": int((predicted != batch.y).sum()),
+                    "wrong": wrong,
                     "seconds": seconds,
                     **(observe(method) if observe else {}),
                 }
             )
-    return Run(pd.DataFrame(rows), torch.cat(predictions), stream.y)
+    domains = np.array(stream.names)[stream.domain.cpu().numpy()]
+    return Run(pd.DataFrame(rows), torch.cat(predictions), stream.y, domains)
+
+
+def run_seeds(
+    methods: Mapping[str, Callable[[nn.Module], nn.Module]],
+    models: Sequence[nn.Module],
+    streams: Sequence[Stream],
+    *,
+    n_jobs: int = 2,
+    **options,
+) -> dict[str, list[Run]]:
+    """Every method on every seed, in parallel processes of one thread each: small networks run fastest so.
+
+    Args:
+        methods: name -> function that wraps a source model, e.g. ``{"Tent": lambda m: Tent(m, lr=1e-3)}``.
+        models: source model of each seed.
+        streams: stream of each seed.
+        n_jobs: processes; under ``joblib.parallel_config`` the same call spreads over a cluster.
+        options: passed to :func:`run`.
+
+    Returns:
+        Method -> one :class:`Run` per seed.
+    """
+    pairs = list(zip(models, streams, strict=True))
+    jobs = (delayed(_one)(wrap, model, stream, options) for wrap in methods.values() for model, stream in pairs)
+    runs = Parallel(n_jobs)(jobs)
+    return {name: runs[i * len(pairs) : (i + 1) * len(pairs)] for i, name in enumerate(methods)}
+
+
+def _one(wrap: Callable[[nn.Module], nn.Module], model: nn.Module, stream: Stream, options: dict) -> Run:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return run(wrap(model), stream, **options)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def error_by_domain(result: Run) -> pd.Series:
     """Error in % of each domain, in order of first appearance."""
-    total = result.batches.groupby("domain", sort=False)[["wrong", "n"]].sum()
-    return (100 * total.wrong / total.n).rename("error")
+    wrong = pd.Series((result.predictions != result.labels).cpu().numpy(), name="error")
+    return 100 * wrong.groupby(pd.Series(result.domains, name="domain"), sort=False).mean()
 
 
 def mean_error(result: Run) -> float:

