@@ -9,10 +9,10 @@ PAGES := $(shell find book peftref -type f -not -path '*/vendor/*' -not -path '*
 .PHONY: book test chapter execute bench lock clean
 .DELETE_ON_ERROR:
 
-# Write what follows from the catalogue, execute the chapters whose code, modules or data have changed, build the pages.
+# Execute the chapters whose code, modules or data have changed, write what follows from other files, build the pages.
 book: $(STAMP)
-	@$(PY) -m tools.readme
 	@$(PY) -m tools.chapters --stale --jobs $(JOBS)
+	@$(PY) -m tools.readme
 	@$(MAKE) --no-print-directory $(HTML)
 	@echo "The book: file://$(CURDIR)/_build/html/index.html"
 
@@ -28,7 +28,7 @@ execute: $(STAMP)
 	$(PY) -m tools.chapters --jobs $(JOBS)
 
 bench: $(STAMP)
-	@set -e; for file in benchmarks/*/bench_*.py; do echo "== $$file"; $(PY) $$file; done
+	$(PY) -m benchmarks
 
 # Exact versions for every Python from 3.10 on; names no index and no path.
 lock: $(STAMP)

@@ -1,21 +1,42 @@
-"""Write the README's table of methods and the book's map from the catalogue; ``--check`` only says whether they are.
+"""Write what follows from other files: the README's table and the map from the catalogue, its picture from a chapter.
+
+``--check`` only says whether they are up to date.
 
 Run as ``python -m tools.readme``.
 """
 
 from __future__ import annotations
 
+import base64
 import sys
 from pathlib import Path
+
+import nbformat
 
 from peftref import catalog
 
 ROOT = Path(__file__).resolve().parents[1]
+PICTURE = ("book/tta/cotta.ipynb", "fig-cotta-result")  # the figure that the README shows
 START, STOP = "<!-- catalog:start -->", "<!-- catalog:end -->"
 
 
-def wanted(root: Path = ROOT) -> dict[Path, str]:
-    """The text that each generated file should have.
+def picture(root: Path = ROOT) -> bytes:
+    """The PNG of the figure that the README shows, as the executed chapter holds it.
+
+    Raises:
+        ValueError: the chapter has no such figure among its outputs.
+    """
+    file, name = PICTURE
+    for cell in nbformat.read(root / file, as_version=4).cells:
+        if cell.metadata.get("mystnb", {}).get("figure", {}).get("name") == name:
+            for output in cell.get("outputs", []):
+                if "image/png" in output.get("data", {}):
+                    return base64.b64decode(output["data"]["image/png"])
+    raise ValueError(f"{file}: expected an executed cell with the figure {name!r}, found none")
+
+
+def wanted(root: Path = ROOT) -> dict[Path, bytes]:
+    """The content that each generated file should have.
 
     Raises:
         ValueError: the README does not have each marker once, in order.
@@ -26,17 +47,21 @@ def wanted(root: Path = ROOT) -> dict[Path, str]:
         raise ValueError(f"README.md: expected {START} and then {STOP}, once each")
     head, rest = text.split(START)
     table = f"{START}\n\n{catalog.readme_table()}\n\n{STOP}"
-    return {readme: head + table + rest.split(STOP)[1], root / "book" / "map.md": catalog.map_page()}
+    files = {readme: (head + table + rest.split(STOP)[1]).encode(), root / "book/map.md": catalog.map_page().encode()}
+    if (root / PICTURE[0]).is_file():
+        files[root / "book/_static/readme.png"] = picture(root)
+    return files
 
 
 def main(arguments: list[str], root: Path = ROOT) -> int:
     """Write what differs; with ``--check`` write nothing and return 1 when something differs."""
-    stale = {path: text for path, text in wanted(root).items() if not path.is_file() or path.read_text("utf-8") != text}
-    for path, text in stale.items():
+    stale = {path: data for path, data in wanted(root).items() if not path.is_file() or path.read_bytes() != data}
+    for path, data in stale.items():
         if "--check" in arguments:
-            print(f"{path.relative_to(root)} is not what the catalogue says: run python -m tools.readme")
+            print(f"{path.relative_to(root)} is out of date: run python -m tools.readme")
         else:
-            path.write_text(text, encoding="utf-8")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
             print(f"wrote {path.relative_to(root)}")
     return int(bool(stale) and "--check" in arguments)
 

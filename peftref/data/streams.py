@@ -175,7 +175,7 @@ def continual(
         domains: names of corruptions, ``"clean"``, or functions ``(x, generator) -> x`` with a CPU generator;
             for the published random orders ``ORDERS[i]``. Default: the 15 in their standard order.
         severity: 1 to 5 (5: CoTTA).
-        order: images of a segment; default :func:`as_stored`, as in CIFAR-C.
+        order: images of a segment; default :func:`~peftref.data.orders.as_stored`, as in CIFAR-C.
         batch_size: 200 (CoTTA, CIFAR; ImageNet uses 64, LAME 16).
         cycles: 1; CoTTA's long run repeats the sequence 10 times.
         seed: of the corruptions and the order.

@@ -1,4 +1,4 @@
-"""What the methods of this part share: normalisation layers found and switched, and the frame around an adapting model."""
+"""What the methods of this part share: normalisation layers found and switched, the frame of an adapting model."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Adapted(nn.Module):
 
 
 def gradient_step(loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
-    """One optimiser step on ``loss``; a loss or gradient that is not finite, or a failing pass, leaves the weights alone.
+    """One optimiser step on ``loss``; where the loss or a gradient is not finite, the weights are left alone.
 
     Returns:
         Whether the step was taken.
@@ -124,7 +124,8 @@ def gradient_step(loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
 def check_positive(name: str, value: float, upper: float | None = None) -> None:
     """``value`` must lie in ``[0, upper]``."""
     if not (0 <= value < math.inf and (upper is None or value <= upper)):
-        raise ValueError(f"{name}: expected a number in [0, {'inf)' if upper is None else f'{upper:g}]'}, got {value!r}")
+        interval = "[0, inf)" if upper is None else f"[0, {upper:g}]"
+        raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
 
 
 def freeze(parameters: Iterable[nn.Parameter], trainable: Iterable[nn.Parameter]) -> None:

@@ -26,14 +26,18 @@ argument           here                    paper             shape
 ``n_views``        :math:`N`               :math:`N`         integer
 =================  ======================  ================  ======================
 
-Differs from the published code. Same numbers: augmented passes run only when their mean is used (the CIFAR script always
-runs them), the plain teacher pass only when it is, and the anchor is also the copy that weights are restored from.
-On purpose: dropout and stochastic depth are off; every parameter is trained and restored, a tied one once (the script
-takes those called ``weight`` or ``bias`` and restores a tied one twice); a batch with a non-finite loss is answered but
-not learned from; for half-precision models teacher and anchor are kept in float32, where 1 - m = 0.001 is representable.
+The published ImageNet code has the mean of both directions as its loss (eq-cotta-symmetric); see ``symmetric``.
+
+Differs from the published code. Same numbers: augmented passes run only when their mean is used (the CIFAR script
+always runs them), the plain teacher pass only when it is, and the anchor is also the copy that weights are restored
+from. On purpose: dropout and stochastic depth are off; every parameter is trained and restored, a tied one once (the
+script takes those called ``weight`` or ``bias`` and restores a tied one twice); a batch with a non-finite loss is
+answered but not learned from; for half-precision models teacher and anchor are kept in float32, where 1 - m = 0.001
+is representable.
 
 >>> import torch
->>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3))
+>>> from torch import nn
+>>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
 >>> CoTTA(net, n_views=4)(torch.rand(5, 1, 8, 8)).shape
 torch.Size([5, 3])
 """
@@ -91,10 +95,10 @@ def ema(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float) -
 
 
 def restoration_mask(params: Sequence[Tensor], p: float, generator: torch.Generator | None = None) -> list[Tensor]:
-    """For each parameter a 0/1 tensor of its shape and dtype with independent Bernoulli(``p``) entries: one flat draw."""
+    """For each parameter a tensor of its shape and dtype with Bernoulli(``p``) entries 0 or 1, from one flat draw."""
     device = params[0].device if generator is None else generator.device
     sizes = [t.numel() for t in params]
-    flat = torch.rand(sum(sizes), generator=generator, device=device).to(params[0].device) < p
+    flat = torch.rand(sum(sizes), generator=generator, device=device).lt_(p).to(params[0].device)  # in place: 1 copy
     return [m.view_as(t).to(t.dtype) for m, t in zip(flat.split(sizes), params, strict=True)]
 
 
@@ -114,7 +118,7 @@ def restore(
 
 
 class CoTTA(Adapted):
-    """``forward(x)`` returns the TEACHER's logits of ``x``, then adapts on them; ``reset()`` restores the source exactly.
+    """``forward(x)`` returns the TEACHER's logits of ``x``, then adapts; ``reset()`` restores the source exactly.
 
     Defaults are the published CIFAR-10-C configuration. ImageNet-C: ``lr=0.01``, ``restore_p=0.001``,
     ``threshold=0.1``, ``symmetric=True``, SGD with Nesterov momentum 0.9, batches of 64. To adapt to each batch alone
@@ -209,14 +213,18 @@ class CoTTA(Adapted):
         target = target.clone()  # a normal tensor again, which autograd may keep
         loss = consistency_loss(self.student(x), target.to(x.dtype), self.symmetric)
         if gradient_step(loss, self.optimizer):
-            with torch.no_grad():
-                student, teacher = list(self.student.parameters()), list(self.teacher.parameters())
-                # eq-cotta-ema in place: the teacher averages the student BEFORE it is restored
-                torch._foreach_lerp_(teacher, _like(student, teacher), 1 - self.momentum)
-                if self.restore_p:  # eq-cotta-restore in place
-                    mask = restoration_mask(student, self.restore_p, self.generator)
-                    torch._foreach_lerp_(student, _like(self.source.parameters(), student), mask)
+            self.average_and_restore()
         return target.to(x.dtype)
+
+    @torch.no_grad()
+    def average_and_restore(self) -> None:
+        """What follows each gradient step: the teacher moves, and some of the student's weights go back."""
+        student, teacher = list(self.student.parameters()), list(self.teacher.parameters())
+        # eq-cotta-ema in place: the teacher averages the student BEFORE it is restored
+        torch._foreach_lerp_(teacher, _like(student, teacher), 1 - self.momentum)
+        if self.restore_p:  # eq-cotta-restore in place
+            mask = restoration_mask(student, self.restore_p, self.generator)
+            torch._foreach_lerp_(student, _like(self.source.parameters(), student), mask)
 
 
 def _like(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> list[Tensor]:

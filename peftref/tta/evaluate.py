@@ -1,7 +1,7 @@
 r"""The online protocol: every method meets the same stream once, and is scored on the answers it gives on the way.
 
-For domains :math:`c` with :math:`n_c` images, error :math:`e_c = 100\,(1 - \text{correct}_c/n_c)`; the mean error is the
-plain mean over domains (eq-tta-error),
+For visits :math:`c` to a domain with :math:`n_c` images, error :math:`e_c = 100\,(1 - \text{correct}_c/n_c)`; the mean
+error is the plain mean over visits (eq-tta-error),
 
 .. math:: \bar e = \tfrac1C\sum_c e_c ,
 
@@ -22,7 +22,17 @@ from torch import Tensor, nn
 
 from ..data.streams import Stream
 
-__all__ = ["Run", "drift", "error_by_domain", "mean_error", "mean_recall", "run", "run_seeds", "running_error", "summary"]
+__all__ = [
+    "Run",
+    "drift",
+    "error_by_domain",
+    "mean_error",
+    "mean_recall",
+    "run",
+    "run_seeds",
+    "running_error",
+    "summary",
+]
 
 
 class Run(NamedTuple):
@@ -152,10 +162,10 @@ def mean_recall(result: Run, num_classes: int) -> float:
 def drift(method: nn.Module, model: str = "student") -> dict[str, float]:
     r"""Distance of the adapted network from its source, :math:`\|\theta_t-\theta_0\|_2`; for ``observe``."""
     pairs = zip(getattr(method, model).parameters(), method.source.parameters(), strict=True)
-    return {"drift": float(torch.stack([(p.detach() - q).float().norm() for p, q in pairs]).norm())}
+    return {"drift": float(torch.stack([(p - q).detach().float().norm() for p, q in pairs]).norm())}
 
 
 def summary(runs: Mapping[str, Sequence[Run]], value: Callable[[Run], float] = mean_error) -> pd.DataFrame:
     """Mean and standard deviation over seeds of ``value``: one row per method."""
     table = pd.DataFrame({name: [value(r) for r in seeds] for name, seeds in runs.items()}).T
-    return pd.DataFrame({"mean": table.mean(1), "std": table.std(1, ddof=1)})
+    return pd.DataFrame({"mean": table.mean(axis=1), "std": table.std(axis=1, ddof=1)})

@@ -143,8 +143,8 @@ def _shift_hue(x: Tensor, turns: float) -> Tensor:
     chroma = value - low
     r, g, b = x.unbind(1)
     safe = chroma.where(chroma > 0, torch.ones_like(chroma))
-    sector = torch.where(value == r, ((g - b) / safe) % 6, torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4))
-    sector = sector + 6 * turns
+    sector = torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)
+    sector = torch.where(value == r, ((g - b) / safe) % 6, sector) + 6 * turns
     k = (torch.tensor([5.0, 3.0, 1.0], device=x.device, dtype=x.dtype).view(1, 3, 1, 1) + sector[:, None]) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 

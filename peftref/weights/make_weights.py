@@ -1,6 +1,6 @@
 """Train the shipped source networks: ``python -m peftref.weights.make_weights`` (about two minutes on one core).
 
-Three seeds of :class:`~peftref.models.SmallCNN` on each embedded set, clean training images only, stored in half precision.
+Three seeds of :class:`~peftref.models.SmallCNN` on each embedded set, clean training images only, in half precision.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
             error = 100 * (predict(model, data.test.x).argmax(-1) != data.test.y).float().mean().item()
             state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
             note = {"data": f"{name} sha256 {data.sha256}", "seed": str(seed), "epochs": str(EPOCHS)}
-            note |= {"test_error": f"{error:.2f}", "torch": torch.__version__, "script": "peftref/weights/make_weights.py"}
+            note |= {"test_error": f"{error:.2f}", "torch": torch.__version__, "script": "make_weights.py"}
             save_file(state, Path(__file__).parent / f"cnn_{name}_{seed}.safetensors", metadata=note)
             print(f"{name} seed {seed}: test error {error:.2f} %")
 
