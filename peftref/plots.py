@@ -85,7 +85,7 @@ def png(figure: Figure) -> bytes:
 
 def lines(
     x: Any, ys: Mapping[str, Any], xlabel: str, ylabel: str, *, regions: Sequence[tuple[float, float, str]] = (),
-    xscale: str = "linear", yscale: str = "linear",
+    xscale: str = "linear", yscale: str = "linear", ylim: tuple[float, float] | None = None,
 ) -> Plot:  # fmt: skip
     """Curves with their names at the right end; curves of several seeds as mean and a band of one standard deviation.
 
@@ -97,6 +97,7 @@ def lines(
         regions: ``(start, stop, label)`` of the domains behind the curves; a label may be empty.
         xscale: "linear" or "log".
         yscale: "linear" or "log".
+        ylim: range of the vertical axis, the same for figures to be compared; default: that of the curves.
 
     Raises:
         ValueError: an empty label, no curve, or a curve whose last dimension is not that of ``x``.
@@ -122,6 +123,7 @@ def lines(
             if len(y) > 1:
                 sd = y.std(0, ddof=1)
                 axes.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.2, linewidth=0)
+        axes.set(ylim=ylim)
         _name_ends(axes)
     return figure
 

@@ -6,7 +6,7 @@ order                      images of a segment
 :func:`as_stored`          the order of the split (CIFAR-C)
 :func:`shuffled`           a random permutation
 :func:`sorted_by_class`    by label: the hardest temporal correlation
-:func:`dirichlet`          class-correlated chunks (NOTE): small ``delta`` nearly sorted, large ``delta`` nearly iid
+:func:`dirichlet`          class-correlated chunks (NOTE): small ``delta``, few classes in each; inside, class after class
 :func:`grouped`            LAME's non-iid case: whole groups (videos, domains, classes) one after the other
 :func:`zipf`               LAME's imbalanced case: random Zipf class frequencies
 :func:`label_shift`        a given class prior, for example from :func:`long_tail_prior` and :func:`power_prior`
@@ -85,7 +85,8 @@ def dirichlet(delta: float, min_size: int = 10, attempts: int = 1000) -> Order:
     another, and inside a chunk the classes do, in random order.
 
     Args:
-        delta: concentration > 0. Towards 0 a chunk is one class; 0.01 to 0.1 are usual, large values nearly iid.
+        delta: concentration > 0. Towards 0 a chunk is one class; 0.01 to 0.1 are usual. Large values give
+            every chunk all classes, still one after the other: shuffle inside the chunks for a nearly iid stream.
         min_size: smallest chunk (10: NOTE).
         attempts: draws before giving up; the official code goes on for as long as it takes.
 
