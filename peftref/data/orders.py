@@ -6,7 +6,7 @@ order                      images of a segment
 :func:`as_stored`          the order of the split (CIFAR-C)
 :func:`shuffled`           a random permutation
 :func:`sorted_by_class`    by label: the hardest temporal correlation
-:func:`dirichlet`          class-correlated chunks (NOTE): small ``delta``, few classes in each; inside, class after class
+:func:`dirichlet`          class-correlated chunks (NOTE): small ``delta``, few classes in each
 :func:`grouped`            LAME's non-iid case: whole groups (videos, domains, classes) one after the other
 :func:`zipf`               LAME's imbalanced case: random Zipf class frequencies
 :func:`label_shift`        a given class prior, for example from :func:`long_tail_prior` and :func:`power_prior`
