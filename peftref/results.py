@@ -6,7 +6,7 @@ compares, so a result that has moved is noticed. Rows that were measured elsewhe
 >>> row = {"claim": "error of LAME", "paper": None, "ours": 7.0, "interval": 0.5, "seeds": 3, "status": "close"}
 >>> record("example", [row], folder="/nowhere")  # no results folder, as on a hosted notebook: only the table
            claim paper  ours  interval  seeds status
-0  error of LAME  None   7.0       0.5      3  close
+0  error of LAME     -   7.0       0.5      3  close
 """
 
 from __future__ import annotations
@@ -57,4 +57,4 @@ def record(slug: str, rows: Sequence[Mapping[str, Any]], folder: str | Path = ".
                 raise AssertionError(f"{row['claim']}: not among the recorded results; set PEFTREF_RECORD=1 to write")
             if row["ours"] is not None and abs(row["ours"] - old["ours"]) > (old["interval"] or 0) + SLACK:
                 raise AssertionError(f"{row['claim']}: recorded {old['ours']}, now {row['ours']}")
-    return pd.DataFrame(rows)[list(FIELDS)]
+    return pd.DataFrame([{field: "-" if row[field] is None else row[field] for field in FIELDS} for row in rows])
