@@ -1,0 +1,1 @@
+"""Weight arithmetic: finished weights adapt by adding, averaging and patching."""
