@@ -21,17 +21,17 @@ run code.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .core import Rule, merge
+from .core import Rule, fill
 
 __all__ = ["Checkpoint", "merge_checkpoints"]
 
@@ -122,8 +122,7 @@ def merge_checkpoints(
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        with _Writer(host, draft) as writer:
-            merge(host, parts, rule, skip=skip, device=device, out=writer)
+        fill(host, parts, rule, _Draft(host, draft).place, skip=skip, device=device)
         if len(host.files) > 1:
             shutil.copy(host.path / INDEX, draft / INDEX)
         draft.chmod(0o755)  # a temporary folder is private
@@ -134,42 +133,27 @@ def merge_checkpoints(
     return out
 
 
-class _Writer(MutableMapping[str, Tensor]):
-    """Files with the layout of a checkpoint: each header is copied as it is, each tensor written at its place."""
+class _Draft:
+    """Files with the layout of a checkpoint: each header copied as it is, the rest reserved, to be filled in place."""
 
     def __init__(self, like: Checkpoint, folder: Path) -> None:
-        self._stack, self._like, self._place = ExitStack(), like, {}
+        self._place: dict[str, tuple[Path, int]] = {}
         for source in like.files:
             header, start, entries = _header(source)
-            name = source.name if len(like.files) > 1 else SINGLE
-            file = self._stack.enter_context((folder / name).open("wb", buffering=0))
-            file.write(header)
+            file = folder / (source.name if len(like.files) > 1 else SINGLE)
+            with file.open("wb") as f:
+                f.write(header)
+                f.flush()
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(f.fileno(), 0, source.stat().st_size)  # a full disk is noticed here
+                f.truncate(source.stat().st_size)
             self._place |= {t: (file, start + entry["data_offsets"][0]) for t, entry in entries.items()}
 
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def __setitem__(self, name: str, t: Tensor) -> None:
+    def place(self, name: str, like: Tensor) -> Tensor:
+        """The bytes of a tensor in its file, as a tensor; they are ours only as long as somebody holds it."""
         file, start = self._place[name]
-        file.seek(start)
-        rest = memoryview(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        while rest:  # one system call writes 2 GiB at most
-            rest = rest[file.write(rest) :]
-
-    def __getitem__(self, name: str) -> Tensor:
-        raise KeyError(name)
-
-    def __delitem__(self, name: str) -> None:
-        raise KeyError(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._place)
-
-    def __len__(self) -> int:
-        return len(self._place)
+        mapped = torch.from_file(str(file), shared=True, size=file.stat().st_size, dtype=torch.uint8)
+        return mapped[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
 def _shards(path: Path) -> dict[Path, set[str] | None]:

@@ -27,23 +27,25 @@ ValueError: models[0]: expected the names and shapes of base; missing: w; unexpe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
-__all__ = ["Rule", "State", "check_aligned", "delta", "elementwise", "merge", "widen"]
+__all__ = ["Rule", "State", "check_aligned", "delta", "elementwise", "fill", "merge", "widen"]
 
-BLOCK = 1 << 15  # entries that an elementwise rule gets at a time on the CPU; more, and torch would wake its threads
+BLOCK = (
+    1 << 15
+)  # entries that an elementwise rule gets at a time on the CPU; for more, torch would start threads of its own
 State = Mapping[str, Tensor]  # a state dict, or a checkpoint opened lazily
 Rule = Callable[[str, Tensor, Sequence[Tensor]], Tensor]
 
 
-@torch.no_grad()
 def merge(
     base: State, models: Sequence[State], rule: Rule, *, skip: Collection[str] = (),
-    out: MutableMapping[str, Tensor] | None = None, device: torch.device | str | None = None,
-) -> MutableMapping[str, Tensor]:  # fmt: skip
+    device: torch.device | str | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Apply ``rule`` to each floating-point tensor of ``base`` and of the ``models``.
 
     Args:
@@ -51,30 +53,56 @@ def merge(
         models: N >= 1 state dicts with the names and shapes of the base.
         rule: of :mod:`peftref.merging.arithmetic`, :mod:`peftref.merging.ties`, or your own.
         skip: names to copy from the base, such as a head with other classes; the models need not have them.
-        out: where to put the tensors (a new dict); a rule that fails midway leaves it half filled.
         device: where to compute (the device of each base tensor); results return to the base's.
 
     Returns:
-        ``out``, in the base's order.
+        A state dict of new tensors, in the base's order.
 
     Raises:
         TypeError: ``models`` is one state dict instead of a sequence, or something is no state dict.
         ValueError: no models, names or shapes that do not match, or a rule that returns another shape.
     """
+    made: dict[str, Tensor] = {}
+
+    def place(name: str, like: Tensor) -> Tensor:
+        return made.setdefault(name, torch.empty_like(like, memory_format=torch.contiguous_format, requires_grad=False))
+
+    tied = fill(base, models, rule, place, skip=skip, device=device)
+    return {name: made[tied.get(name, name)] for name in base}
+
+
+@torch.no_grad()
+def fill(
+    base: State, models: Sequence[State], rule: Rule, place: Callable[[str, Tensor], Tensor], *,
+    skip: Collection[str] = (), device: torch.device | str | None = None,
+) -> dict[str, str]:  # fmt: skip
+    """:func:`merge` into memory of your own: ``place(name, like)`` gives the tensor to fill, of the same shape.
+
+    Returns:
+        The names that are tied to an earlier one, and to which; for them there was no call.
+    """
     layout = check_aligned(base, models, skip)
-    merged: MutableMapping[str, Tensor] = {} if out is None else out
     tied = _tied(layout, skip)
-    for name in layout:
-        if name in tied:
-            merged[name] = merged[tied[name]]
-            continue
-        w0 = base[name]
-        if name in skip or not w0.is_floating_point():
-            merged[name] = w0.detach().clone()
-            continue
-        y = _ruled(rule, name, [w0, *(model[name] for model in models)], torch.device(device or w0.device))
-        merged[name] = y.to(w0)
-    return merged
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for name in layout:
+            if name in tied:
+                continue
+            w0 = base[name].detach()
+            target = place(name, w0)
+            if name in skip or not w0.is_floating_point():
+                target.copy_(w0)
+                continue
+            tensors = [w0, *(model[name].detach() for model in models)]
+            at, wide = torch.device(device or w0.device), _wide(w0.dtype)
+            if at.type == "cpu" and getattr(rule, "elementwise", False):
+                _in_pieces(rule, name, target, tensors, wide, pool)
+                continue
+            first, *rest = (t.to(at, wide) for t in tensors)
+            y = rule(name, first, rest)
+            if y.shape != w0.shape:
+                raise ValueError(f"rule: expected shape {tuple(w0.shape)} for {name}, got {tuple(y.shape)}")
+            target.copy_(y)
+    return tied
 
 
 @torch.no_grad()
@@ -156,23 +184,21 @@ def check_aligned(base: State, models: Sequence[State], skip: Collection[str] = 
     return layout
 
 
-def _ruled(rule: Rule, name: str, tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """``rule`` on the tensors of one name, in float32 or wider; a new tensor, in that type or the base's."""
-    wide = _wide(tensors[0].dtype)
-    if getattr(rule, "elementwise", False) and device.type == "cpu":
-        # In pieces that stay in the cache: the steps of a rule then cost no memory traffic, no fresh pages.
-        y = torch.empty_like(tensors[0], memory_format=torch.contiguous_format, device=device)
-        for target, *parts in zip(*(t.reshape(-1).split(BLOCK) for t in (y, *tensors)), strict=True):
-            w0, *ws = (t.to(device, wide) for t in parts)
-            target.copy_(rule(name, w0, ws))
-        return y
-    w0, *ws = (t.detach().to(device, wide) for t in tensors)
-    y = rule(name, w0, ws)
-    if y.shape != w0.shape:
-        raise ValueError(f"rule: expected shape {tuple(w0.shape)} for {name}, got {tuple(y.shape)}")
-    # A rule may return an input as it is (w0, say); what we return must be the caller's alone.
-    memory = y.untyped_storage().data_ptr()
-    return y.clone() if any(memory == t.untyped_storage().data_ptr() for t in (w0, *ws)) else y
+def _in_pieces(
+    rule: Rule, name: str, target: Tensor, tensors: Sequence[Tensor], wide: torch.dtype, pool: Executor
+) -> None:
+    """An elementwise rule on pieces that stay in the cache, where its steps cost neither memory traffic nor new pages."""
+
+    def run(share: Sequence[Tensor]) -> None:
+        with torch.no_grad():  # a setting of each thread
+            for piece, *parts in zip(*(t.split(BLOCK) for t in share), strict=True):
+                w0, *ws = (t.to("cpu", wide) for t in parts)
+                piece.copy_(rule(name, w0, ws))
+
+    each = -(-target.numel() // torch.get_num_threads()) or 1
+    shares = zip(*(t.reshape(-1).split(max(each, BLOCK)) for t in (target, *tensors)), strict=True)
+    for done in [pool.submit(run, share) for share in shares]:
+        done.result()
 
 
 def _layout(state: State) -> Mapping[str, Tensor]:

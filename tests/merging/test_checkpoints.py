@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -250,24 +251,30 @@ def test_merges_checkpoints_several_times_larger_than_the_memory_it_takes(tmp_pa
     assert all(torch.equal(merged[f"w{i}"], torch.full((side, side), 3.0 + i)) for i in range(tensors))
 
 
-@pytest.mark.parametrize("shape", [(3,), (2**16 + 3,)])
-def test_a_writer_goes_on_where_a_system_call_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="space is reserved where the system can")
+def test_a_full_disk_is_noticed_before_anything_is_computed(
+    saved: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Slow:
-        def __init__(self, file: object) -> None:
-            self.file = file
+    _, (base, three, *_) = saved
+    before = sorted(tmp_path.rglob("*"))
 
-        def __getattr__(self, name: str) -> object:
-            return getattr(self.file, name)
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
 
-        def write(self, data: bytes) -> int:
-            return self.file.write(data[:1000])
+    def never(name: str, w0: Tensor, ws: list[Tensor]) -> Tensor:
+        raise AssertionError("computed before the space was there")
 
-    base = {"w": torch.randn(shape)}
-    save_file(base, tmp_path / "base.safetensors")
-    like = Checkpoint(tmp_path / "base.safetensors")
-    with checkpoints._Writer(like, tmp_path) as writer:
-        writer._place = {n: (Slow(file), start) for n, (file, start) in writer._place.items()}
-        writer["w"] = base["w"]
-    assert torch.equal(load_file(tmp_path / SINGLE)["w"], base["w"])
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        merge_checkpoints(base, [three], never, tmp_path / "out")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_without_reserved_space_the_file_is_the_same(
+    saved: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, (base, three, *_) = saved
+    expected = load(merge_checkpoints(base, [three], average(), tmp_path / "reserved"))
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    got = load(merge_checkpoints(base, [three], average(), tmp_path / "sparse"))
+    assert all(torch.equal(got[k], v) for k, v in expected.items())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftref.merging.arithmetic import average, linear, task_arithmetic, wise_ft
-from peftref.merging.core import BLOCK, delta, elementwise, merge
+from peftref.merging.core import BLOCK, delta, elementwise, fill, merge
 
 
 def net(seed: int = 0) -> nn.Module:
@@ -176,11 +176,21 @@ def test_parameters_with_gradients_give_results_without() -> None:
         assert not any(v.requires_grad or v.is_inference() for v in merged.values())
 
 
-def test_out_receives_the_tensors() -> None:
-    a, b = states(2)
-    out: dict[str, Tensor] = {}
-    assert merge(a, [b], wise_ft(0.5), out=out) is out
-    assert all(torch.equal(out[k], v) for k, v in merge(a, [b], wise_ft(0.5)).items())
+def test_fill_writes_where_it_is_told() -> None:
+    a, b = states(2, torch.bfloat16)
+    mine = {k: torch.zeros_like(v) for k, v in a.items()}
+    for rule in (wise_ft(0.5), lambda name, w0, ws: (w0 + ws[0]) / 2):
+        assert fill(a, [b], rule, lambda name, like: mine[name]) == {}
+        assert all(torch.equal(mine[k], v) for k, v in merge(a, [b], rule).items())
+
+
+def test_an_elementwise_rule_that_fails_raises() -> None:
+    @elementwise
+    def rule(name: str, w0: Tensor, ws: list[Tensor]) -> Tensor:
+        raise ArithmeticError(name)
+
+    with pytest.raises(ArithmeticError, match="w"):
+        merge({"w": torch.ones(3 * BLOCK)}, [{"w": torch.ones(3 * BLOCK)}], rule)
 
 
 def test_delta() -> None:
