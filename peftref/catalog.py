@@ -117,9 +117,10 @@ METHODS = (
     # merging
     Method("rws", "Robust weight signatures", "merging",
            "Robustness to a corruption, stored as a patch of the shallow weights",
-           "Cai et al.", "ICML", 2023, "2302.12480"),
+           "Cai et al.", "ICML", 2023, "2302.12480", "ready"),
     Method("bang", "BANG", "merging",
-           "Why weight averages are robust, and how to balance them", "Lin et al.", "ICLR", 2024, "2309.17230"),
+           "Why weight averages are robust, and how to balance them", "Lin et al.", "ICLR", 2024, "2309.17230",
+           "ready"),
     Method("widen", "WIDEN", "merging",
            "Magnitude and direction ranked per column, so that updates of any size merge",
            "Yu et al.", "arXiv", 2024, "2408.03092"),

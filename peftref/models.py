@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-__all__ = ["Normalised", "SmallCNN", "fit", "from_timm", "pretrained", "predict"]
+__all__ = ["Normalised", "PlainCNN", "SmallCNN", "fit", "from_timm", "pretrained", "predict"]
 
 SEEDS = (0, 1, 2)  # source networks shipped for each dataset
 
@@ -59,6 +59,38 @@ class SmallCNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+class PlainCNN(nn.Module):
+    """Five 3 x 3 convolutions with bias and ReLU, no normalisation, then global average pooling and a linear head.
+
+    :class:`SmallCNN` without BatchNorm, so that a weight does not act through statistics that others depend on.
+
+    Args:
+        in_chans: image channels.
+        num_classes: K.
+        width: channels of the first layer; the last has four times as many.
+
+    Shape:
+        ``(N, in_chans, H, W) -> (N, num_classes)``.
+    """
+
+    def __init__(self, in_chans: int = 1, num_classes: int = 10, width: int = 16) -> None:
+        super().__init__()
+        w = width
+        plan = [(in_chans, w, 2), (w, w, 1), (w, 2 * w, 2), (2 * w, 2 * w, 1), (2 * w, 4 * w, 2)]
+        self.stages = nn.Sequential(
+            *(nn.Sequential(nn.Conv2d(i, o, 3, s, 1), nn.ReLU(inplace=True)) for i, o, s in plan)
+        )
+        for conv, _ in self.stages:
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")  # keeps the variance where no BatchNorm does
+            nn.init.zeros_(conv.bias)
+        self.num_features = 4 * w
+        self.fc = nn.Linear(4 * w, num_classes)
+
+    forward_features = SmallCNN.forward_features
+    forward_head = SmallCNN.forward_head
+    forward = SmallCNN.forward
 
 
 class Normalised(nn.Module):
@@ -134,7 +166,7 @@ def pretrained(name: str, seed: int = 0) -> SmallCNN:
     folder = files("peftref") / "weights"
     resource = folder / f"cnn_{name}_{seed}.safetensors"
     if not resource.is_file():
-        have = sorted(f.name[4:-12] for f in folder.iterdir() if f.name.endswith(".safetensors"))
+        have = sorted(f.name[4:-12] for f in folder.iterdir() if f.name.startswith("cnn_"))
         raise ValueError(f"name, seed: expected one of the shipped networks {have}, got {name!r} and {seed!r}")
     with as_file(resource) as path:
         state = load_file(path)

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from torchvision.transforms.functional import normalize
 
 from peftref.data import load
-from peftref.models import SEEDS, Normalised, SmallCNN, fit, from_timm, predict, pretrained
+from peftref.models import SEEDS, Normalised, PlainCNN, SmallCNN, fit, from_timm, predict, pretrained
 
 
 def images(n: int, channels: int = 3, size: int = 32, seed: int = 0) -> Tensor:
@@ -55,6 +55,32 @@ def test_layout_of_the_small_network():
         conv.register_forward_hook(lambda m, _, out: counted.append(out.numel() * m.weight[0].numel()))
     net.eval()(torch.rand(1, 1, 28, 28))
     assert sum(counted) == pytest.approx(1.6e6, rel=0.1)  # as its docstring says
+
+
+@pytest.mark.parametrize(("channels", "width"), [(1, 4), (3, 2)])
+def test_plain_network_is_the_small_one_without_normalisation(channels, width):
+    peer = small(in_chans=channels, num_classes=7, width=width).eval()
+    net = PlainCNN(channels, 7, width).eval()
+    for (conv, _), (other, norm, _) in zip(net.stages, peer.stages, strict=True):
+        norm.running_var.fill_(1 - norm.eps)  # with mean 0: the identity, and then a bias
+        nn.init.normal_(norm.bias)
+        conv.load_state_dict({"weight": other.weight, "bias": norm.bias})
+    net.fc.load_state_dict(peer.fc.state_dict())
+    x = images(3, channels, 28)
+    assert_close(net(x), peer(x))
+    h = net.forward_features(x)
+    assert torch.equal(net(x), net.forward_head(h))
+    assert torch.equal(net(x), net.fc(net.forward_head(h, pre_logits=True)))
+    assert net.num_features == 4 * width and not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+
+
+def test_plain_network_starts_with_signals_of_one_size():
+    """Kaiming's initialisation: without BatchNorm, PyTorch's own would let the signal fade by 6 in each layer."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = PlainCNN(width=32)
+    x = images(4, 1, 64)
+    assert 0.2 < net.forward_features(x).square().mean() / x.square().mean() < 5
 
 
 # --- shipped weights --------------------------------------------------------------------------------------------------

@@ -2,21 +2,16 @@ r"""Rules for :func:`peftref.merging.core.merge` that add and interpolate weight
 
 With base :math:`\theta_0`, models :math:`\theta_t` and differences (task vectors) :math:`\tau_t=\theta_t-\theta_0`:
 
-======================  ==========================================================================  ==================
-rule                    merged weights                                                              source
-======================  ==========================================================================  ==================
-:func:`average`         :math:`\frac1N\sum_t\theta_t`                                               Wortsman et al.,
-                                                                                                    ICML 2022 (soup)
-:func:`linear`          :math:`\sum_tc_t\theta_t`
-:func:`task_arithmetic` :math:`\theta_0+\sum_t\lambda_t\tau_t`                                      Ilharco et al.,
-                                                                                                    ICLR 2023
-:func:`wise_ft`         :math:`(1-\alpha)\theta_0+\alpha\theta_1`                                   Wortsman et al.,
-                                                                                                    CVPR 2022
-:func:`fisher_wise_ft`  :math:`\frac{(1-\alpha)F_0\theta_0+\alpha F_1\theta_1}                      official code of
-                        {(1-\alpha)F_0+\alpha F_1}`                                                 WiSE-FT
-:func:`dare`            :math:`\tau_t\leftarrow\frac{m_t\odot\tau_t}{1-p}`, then another rule       Yu et al., ICML
-                                                                                                    2024
-======================  ==========================================================================  ==================
+=======================  ==========================================================  ==================================
+rule                     merged weights                                              source
+=======================  ==========================================================  ==================================
+:func:`average`          :math:`\frac1N\sum_t\theta_t`                               Wortsman et al., ICML 2022 (soups)
+:func:`linear`           :math:`\sum_tc_t\theta_t`                                   any weights
+:func:`task_arithmetic`  :math:`\theta_0+\sum_t\lambda_t\tau_t`                      Ilharco et al., ICLR 2023
+:func:`wise_ft`          :math:`(1-\alpha)\theta_0+\alpha\theta_1`                   Wortsman et al., CVPR 2022
+:func:`fisher_wise_ft`   the same, entries weighted by :math:`F_0,F_1`               WiSE-FT's official code
+:func:`dare`             :math:`\tau_t\leftarrow m_t\odot\tau_t/(1-p)`, then a rule  Yu et al., ICML 2024
+=======================  ==========================================================  ==================================
 
 >>> import torch
 >>> from peftref.merging.core import merge
@@ -111,7 +106,9 @@ def wise_ft(alpha: float = 0.5) -> Rule:
 
 
 def fisher_wise_ft(alpha: float, fisher0: State, fisher1: State, floor: float = 1e-6) -> Rule:
-    """Interpolation weighted, entry by entry, by the diagonal Fisher information of the two models.
+    r"""Interpolation weighted, entry by entry, by the diagonal Fisher information of the two models:
+
+    .. math:: \theta=\frac{(1-\alpha)F_0\,\theta_0+\alpha F_1\,\theta_1}{(1-\alpha)F_0+\alpha F_1} .
 
     Args:
         alpha: in [0, 1].

@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -120,12 +120,12 @@ def merge_checkpoints(
         raise FileExistsError(f"out: expected a folder that does not exist yet, got {out}")
     host, parts = Checkpoint(base), [Checkpoint(m) for m in models]
     out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    draft = out.with_name(f".{out.name}-{uuid.uuid4().hex}")
+    draft.mkdir()
     try:
         fill(host, parts, rule, _Draft(host, draft).place, skip=skip, device=device)
         if len(host.files) > 1:
             shutil.copy(host.path / INDEX, draft / INDEX)
-        draft.chmod(0o755)  # a temporary folder is private
         draft.rename(out)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)

@@ -152,10 +152,10 @@ def check_aligned(base: State, models: Sequence[State], skip: Collection[str] = 
             raise TypeError(f"{name}: expected a mapping of names to tensors, got {type(state).__name__}{hint}")
     if not models:
         raise ValueError("models: expected at least one state dict, got none")
-    layout, problems = _layout(base), []
+    layout, problems = layout_of(base), []
     tied = _tied(layout, skip)
     for i, state in enumerate(models):
-        model = _layout(state)
+        model = layout_of(state)
         both = [n for n in layout if n in model and n not in skip]
         found = {
             "missing": [n for n in layout if n not in model and n not in skip],
@@ -187,12 +187,12 @@ def check_aligned(base: State, models: Sequence[State], skip: Collection[str] = 
 def _in_pieces(
     rule: Rule, name: str, target: Tensor, tensors: Sequence[Tensor], wide: torch.dtype, pool: Executor
 ) -> None:
-    """An elementwise rule on pieces that stay in the cache, where its steps cost neither memory traffic nor new pages."""
+    """An elementwise rule on pieces that stay in the cache, where its steps cost no memory traffic and no new pages."""
 
     def run(share: Sequence[Tensor]) -> None:
         with torch.no_grad():  # a setting of each thread
             for piece, *parts in zip(*(t.split(BLOCK) for t in share), strict=True):
-                w0, *ws = (t.to("cpu", wide) for t in parts)
+                w0, *ws = (t if t.dtype == wide and t.is_cpu else t.to("cpu", wide) for t in parts)
                 piece.copy_(rule(name, w0, ws))
 
     each = -(-target.numel() // torch.get_num_threads()) or 1
@@ -201,11 +201,11 @@ def _in_pieces(
         done.result()
 
 
-def _layout(state: State) -> Mapping[str, Tensor]:
+def layout_of(state: State) -> Mapping[str, Tensor]:
     return getattr(state, "layout", state)  # of a lazily opened checkpoint: tensors on the meta device
 
 
-def _memory(t: Tensor) -> tuple:
+def memory_of(t: Tensor) -> tuple:
     """Equal for tensors that are the same memory, seen in the same way."""
     if t.device.type == "meta" or t.numel() == 0:
         return (id(t),)
@@ -215,9 +215,9 @@ def _memory(t: Tensor) -> tuple:
 def _tied(layout: Mapping[str, Tensor], skip: Collection[str]) -> dict[str, str]:
     """Each name whose memory has been seen under an earlier name -> that name; a skipped name ties to none."""
     seen: dict[tuple, str] = {}
-    first = {name: seen.setdefault(_memory(t), name) for name, t in layout.items() if name not in skip}
+    first = {name: seen.setdefault(memory_of(t), name) for name, t in layout.items() if name not in skip}
     return {name: other for name, other in first.items() if other != name}
 
 
 def _same(state: State, a: str, b: str) -> bool:
-    return _memory(_layout(state)[a]) == _memory(_layout(state)[b]) or torch.equal(state[a], state[b])
+    return memory_of(layout_of(state)[a]) == memory_of(layout_of(state)[b]) or torch.equal(state[a], state[b])

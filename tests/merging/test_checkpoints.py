@@ -104,6 +104,7 @@ def test_layout_of_the_base_is_kept(saved: tuple, tmp_path: Path) -> None:
         size = 8 + int.from_bytes(file.read_bytes()[:8], "little")
         written = (out / file.name).read_bytes()
         assert written[:size] == file.read_bytes()[:size] and len(written) == file.stat().st_size
+    assert out.stat().st_mode == base.stat().st_mode
     single = merge_checkpoints(alone, [folder], average(), tmp_path / "single")
     assert [f.name for f in single.iterdir()] == [SINGLE]
     # What was written can be read again, by us and by the library.

@@ -1,0 +1,215 @@
+r"""Robust weight signatures: what training on one corruption changed in the shallow layers, as a patch to add at will.
+
+Cai, Zhang, Wang, "Robust Weight Signatures: Gaining Robustness as Easy as Patching Weights?", ICML 2023,
+arXiv 2302.12480.
+
+Three networks of one architecture: pretrained :math:`\theta_0`, and both fine-tuned from it, :math:`\theta_s` on clean
+images and :math:`\theta_c` on images with corruption c. Their plain difference (eq-rws-naive)
+
+.. math:: \delta_c=\theta_c-\theta_s
+
+holds the robustness that :math:`\theta_c` learned, but also another amount of the common task, whose direction is
+:math:`\tau_s=\theta_s-\theta_0`. The signature is what remains after projecting each tensor (each weight and bias for
+itself) on the complement of that direction (eq-rws-signature):
+
+.. math:: \rho_c=\delta_c-\beta_c\,\tau_s,\qquad\beta_c=\frac{\langle\delta_c,\tau_s\rangle}{\|\tau_s\|^2}.
+
+The paper projects :math:`\tau_c=\theta_c-\theta_0`, which gives the same :math:`\rho_c`, as :math:`\tau_c-\delta_c` is
+:math:`\tau_s`. A host :math:`\theta_h`, usually :math:`\theta_s`, is patched in its first K layers
+:math:`\mathcal S_K` only (eq-rws-patch):
+
+.. math:: \theta^k\leftarrow\theta_h^k+\sum_c\alpha_c\,\rho_c^k,\quad k\in\mathcal S_K .
+
+=========================  ====================  ===================  ============
+argument                   here                  paper                shape
+=========================  ====================  ===================  ============
+``pretrained``             :math:`\theta_0`      pre-trained weights  a state dict
+``clean``                  :math:`\theta_s`      standard model       a state dict
+``robust``                 :math:`\theta_c`      robust model         a state dict
+``names``                  :math:`\mathcal S_K`  shallow layers       tensor names
+``strength``, ``weights``  :math:`\alpha_c`      :math:`\alpha`       scalars
+=========================  ====================  ===================  ============
+
+Differs from the official code: two dot products for each tensor, where it builds a d x d projector; a tensor that clean
+training left as it was gives :math:`\rho_c=\tau_c` (there: NaN); the strength acts once, as in the paper (there: twice,
+so that 0.5 adds a quarter; ``official_scale=True``); layers are units of the network's structure, or any names you
+list (there: order and names of the state dict); taking a patch off restores every bit; no input is changed.
+
+>>> import torch
+>>> zero = {"w": torch.zeros(2)}
+>>> clean, foggy = {"w": torch.tensor([2.0, 0.0])}, {"w": torch.tensor([3.0, 1.0])}
+>>> fog = signature(zero, clean, foggy, ["w"])  # the first axis is the task: what fog adds to it is left out
+>>> fog
+{'w': tensor([0., 1.])}
+>>> apply(clean, compose([fog], strength=0.5))
+{'w': tensor([2.0000, 0.5000])}
+>>> from peftref.models import SmallCNN
+>>> net = SmallCNN()
+>>> first(units(net), 1)
+['stages.0.0.weight', 'stages.0.1.weight', 'stages.0.1.bias']
+>>> with Patched(net, {"stages.0.1.bias": torch.ones(16)}):
+...     net.stages[0][1].bias.sum().item()
+16.0
+>>> net.stages[0][1].bias.sum().item()
+0.0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import check_names, check_states, check_tensors, finite
+from .arithmetic import average
+from .batchnorm import batchnorms, recalibrate
+from .core import State, layout_of, merge, widen
+from .layers import first as first  # the neighbours that a signature is used with, under one roof
+from .layers import units as units
+from .patching import Patched as Patched
+from .patching import apply as apply
+from .quantise import quantise as quantise
+
+__all__ = ["average_batchnorm", "blend_statistics", "compose", "signature"]
+
+SHORTCUTS = ("downsample", "shortcut")  # the path beside a residual block: torchvision and timm; others
+
+
+@torch.no_grad()
+def signature(
+    pretrained: State, clean: State, robust: State, names: Iterable[str] | Callable[[str], bool], *,
+    project: bool = True,
+) -> dict[str, Tensor]:  # fmt: skip
+    r"""The signature of one corruption (eq-rws-signature); each tensor has clean's device and type, at least float32.
+
+    Args:
+        pretrained, clean, robust: :math:`\theta_0,\theta_s,\theta_c`; tensors outside ``names`` may differ in anything.
+        names: tensors wanted, as of :func:`~peftref.merging.layers.first`; or a function that says of each of clean's
+            floating-point tensors, by its name, whether it is wanted.
+        project: False gives the plain difference (eq-rws-naive).
+
+    Raises:
+        TypeError: something is no state dict, or ``names`` are no names.
+        ValueError: a state lacks one of the tensors, or holds it in another shape, as integers, or (when projecting)
+            with an entry that is not finite.
+    """
+    states = {"clean": clean, "pretrained": pretrained, "robust": robust}
+    check_states(**states)
+    if callable(names):
+        names = [name for name, t in layout_of(clean).items() if t.is_floating_point() and names(name)]
+    names = check_names(names)
+    check_tensors(names, **states)
+    rho: dict[str, Tensor] = {}
+    beta: dict[str, Tensor] = {}  # kept where they are: a look at each would stall the device's queue
+    for name in names:
+        theta_s = widen(clean[name])
+        theta_0, theta_c = (state[name].detach().to(theta_s) for state in (pretrained, robust))
+        # eq-rws-naive:  delta_c = theta_c - theta_s
+        rho[name] = theta_c - theta_s
+        if project:
+            # eq-rws-signature:  rho_c = delta_c - beta_c tau_s,  tau_s = theta_s - theta_0
+            tau = theta_s - theta_0
+            beta[name] = _task_share(rho[name], tau, theta_0)
+            rho[name].addcmul_(tau, beta[name], value=-1)
+    if broken := [name for name, b in beta.items() if not b.isfinite()]:
+        raise ValueError(f"pretrained, clean, robust: expected finite weights, got others in {', '.join(broken)}")
+    return rho
+
+
+@torch.no_grad()
+def compose(
+    signatures: Sequence[State], weights: Sequence[float] | None = None, *, strength: float = 1.0,
+    official_scale: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
+    r"""One patch from any number of signatures: the sum in eq-rws-patch. No signature, or no weight: an empty patch.
+
+    Args:
+        signatures: of :func:`signature`, or of a quantised one's ``dequantise()``. They may cover different layers.
+        weights: one number for each (1/n: official code).
+        strength: multiplies them all: :math:`\alpha_c` is strength times weight (1: official code).
+        official_scale: use :math:`\alpha_c^2`, as the official code does.
+
+    Raises:
+        TypeError: ``signatures`` is one signature instead of a sequence.
+        ValueError: not as many weights as signatures, one that is not finite, or shapes that do not match.
+    """
+    if isinstance(signatures, Mapping) or not isinstance(signatures, Sequence):
+        raise TypeError(f"signatures: expected a sequence of signatures, got one {type(signatures).__name__}")
+    weights = [1 / max(len(signatures), 1)] * len(signatures) if weights is None else weights
+    if len(weights) != len(signatures):
+        raise ValueError(f"weights: expected {len(signatures)}, one for each signature, got {len(weights)}")
+    scales = [finite("strength", strength) * finite("weights", w) for w in weights]
+    seen: dict[str, Tensor] = {}
+    for i, rho in enumerate(signatures):
+        label = f"signatures[{i}]"
+        check_states(**{label: rho})
+        check_tensors(rho, **{label: rho})
+        check_tensors([n for n in rho if n in seen], **{"those before": seen, label: rho})
+        seen = {**rho, **seen}
+
+    patch: dict[str, Tensor] = {}
+    for scale, rho in zip(scales, signatures, strict=True):
+        scale = scale**2 if official_scale else scale
+        if scale == 0.0:  # leave out: adding 0 turns a weight of -0.0 into 0.0, so it is not the same as adding nothing
+            continue
+        both, new = [n for n in rho if n in patch], [n for n in rho if n not in patch]
+        # eq-rws-patch:  sum_c alpha_c rho_c
+        if both:
+            torch._foreach_add_([patch[n] for n in both], [rho[n] for n in both], alpha=scale)
+        patch |= {n: widen(rho[n]) * scale for n in new}
+    return patch
+
+
+def average_batchnorm(model: nn.Module, robust: Sequence[State]) -> dict[str, Tensor]:
+    r"""The model's state dict with the tensors of BatchNorm and of shortcuts averaged over the robust models.
+
+    For a residual network the paper's code replaces them in the whole network, shortcut convolutions included, instead
+    of adding their signature: a plain mean, without weights or strength. Load the result into the model.
+
+    Args:
+        model: the patched model, which also tells which tensors these are; not changed.
+        robust: the state dicts :math:`\theta_c` of the corruptions that the patch is for.
+    """
+    layers = [*batchnorms(model), *(n for n, _ in model.named_modules() if n.rpartition(".")[2] in SHORTCUTS)]
+    host = model.state_dict()
+    rest = {name for name in host if not any(name.startswith(f"{layer}.") for layer in layers)}
+    return dict(merge(host, robust, average(), skip=rest))
+
+
+@torch.no_grad()
+def blend_statistics(model: nn.Module, batches: Iterable[Tensor], strength: float = 1.0) -> nn.Module:
+    r"""Move BatchNorm's running statistics towards those of ``batches``, in place (eq-rws-statistics):
+
+    .. math:: (\mu,\sigma^2)\leftarrow(1-\alpha)\,(\mu,\sigma^2)+\alpha\,(\hat\mu,\hat\sigma^2),
+
+    with the statistics before, which for the paper are those of :func:`average_batchnorm`, and those re-estimated by
+    :func:`peftref.merging.batchnorm.recalibrate`.
+
+    Args:
+        model: in any mode, which it keeps.
+        batches: corrupted training images.
+        strength: :math:`\alpha` in [0, 1], the strength of the patch (1: official code).
+
+    Returns:
+        ``model``.
+    """
+    if not 0 <= finite("strength", strength) <= 1:
+        raise ValueError(f"strength: expected a number in [0, 1], got {strength!r}")
+    layers = batchnorms(model).values()
+    before = [(m.running_mean.clone(), m.running_var.clone()) for m in layers]
+    recalibrate(model, batches)
+    for m, old in zip(layers, before, strict=True):
+        for now, then in zip((m.running_mean, m.running_var), old, strict=True):
+            now.copy_(torch.lerp(then, now, strength))  # eq-rws-statistics
+    return model
+
+
+def _task_share(delta: Tensor, tau: Tensor, theta_0: Tensor) -> Tensor:
+    """The coefficient beta of one tensor: ``<delta, tau> / |tau|^2``."""
+    # sum() adds in pairs; dot() piles up rounding in long chains: on 2 million float32 weights it is 1e-4 off
+    dot, square = (delta * tau).sum(), tau.square().sum()
+    # A change below the rounding of the weights has no direction: dividing by its square would give NaN, or noise.
+    # Nothing is removed then, and delta is all that happened since pretraining.
+    untouched = square.sqrt() <= torch.finfo(tau.dtype).eps * torch.linalg.vector_norm(theta_0)
+    return torch.where(untouched & square.isfinite(), 0.0, dot / square)
