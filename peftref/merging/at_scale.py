@@ -3,7 +3,8 @@ r"""Robust weight signatures with large backbones: what the guarded cell of thei
 One pretrained network is fine-tuned on clean images and, once per corruption, on corrupted ones, all from the same
 start and with the same order of batches; then signatures of the first K layers are added to the clean network. The
 recipe is the official one (SGD with momentum 0.9, weight decay 5e-4, a tenth of the learning rate after 40 and 80 % of
-the epochs, random crops and flips). Training images are corrupted once, beforehand, and kept in 8 bits.
+the epochs, random crops and flips), except that all training images are used, and the last checkpoint instead of the
+best on held-out images. Training images are corrupted once, beforehand, and kept in 8 bits.
 
 >>> from peftref.data import load
 >>> from peftref.models import PlainCNN

@@ -19,9 +19,9 @@ affine in y, so their order does not matter.
 argument           here                   paper              shape
 =================  =====================  =================  ===================
 ``targets``        :math:`y`              same               ``(..., K)``
-``smoothing``      :math:`\epsilon`       not given          scalar
-``mixing``         :math:`a`              not given          scalar
-``nu``             :math:`\nu`            not given          scalar
+``smoothing``      :math:`\epsilon`       not confirmed      scalar
+``mixing``         :math:`a`              not confirmed      scalar
+``nu``             :math:`\nu`            not confirmed      scalar
 =================  =====================  =================  ===================
 
 The paper gives no code for this part. Ours: one :math:`\nu` per batch (as timm and torchvision do by default), partners
@@ -88,12 +88,15 @@ def mixup(
         nu: this one instead of a random one.
 
     Raises:
+        TypeError: inputs or targets that are not floating-point.
         ValueError: ``mixing`` not positive, ``nu`` outside [0, 1], or unequal numbers of inputs and targets.
     """
     _check(mixing=mixing)
     targets = _targets(targets)
     if targets.shape[:-1] != x.shape[:1]:
         raise ValueError(f"targets: expected shape ({len(x)}, K), for the inputs, got {tuple(targets.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected floating-point inputs, got {x.dtype}")
     if nu is not None and not 0 <= nu <= 1:
         raise ValueError(f"nu: expected a number in [0, 1], got {nu}")
     drawn, partner = _draw(len(x), mixing, generator)
@@ -122,8 +125,12 @@ def bang_loss(
         generator: see :func:`mixup`; not used without mixing.
     """
     _check(smoothing=smoothing, mixing=mixing)
+    if y.shape != x.shape[:1] or y.is_floating_point() or (y < 0).any():
+        raise ValueError(f"y: expected classes >= 0 of shape ({len(x)},), got {y.dtype} of shape {tuple(y.shape)}")
     nu, partner = (1.0, torch.arange(len(x))) if mixing is None else _draw(len(x), mixing, generator)
     logits = model(x if mixing is None else _mix(x, nu, partner))
+    if not len(y) or y.max() >= logits.shape[-1]:
+        raise ValueError(f"y: expected classes below {logits.shape[-1]}, as the model has, got {y.unique().tolist()}")
     targets = F.one_hot(y, logits.shape[-1]).to(logits.dtype)
     return soft_cross_entropy(logits, smooth(_mix(targets, nu, partner), smoothing))
 
@@ -156,10 +163,13 @@ def fine_tune(
     order, mixer = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
     tuned = copy.deepcopy(model).train()
     optimizer = torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=weight_decay)
-    steps = epochs * -(-len(x) // batch_size)
+    sizes = [batch_size] * (len(x) // batch_size) + [r for r in (len(x) % batch_size,) if r]
+    if len(sizes) > 1 and sizes[-1] == 1:
+        sizes[-2:] = [sizes[-2] + 1]  # BatchNorm cannot learn from a batch of one: it joins the batch before
+    steps = epochs * len(sizes)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(epochs):
-        for i in torch.randperm(len(x), generator=order).to(x.device).split(batch_size):
+        for i in torch.randperm(len(x), generator=order).to(x.device).split(sizes):
             bang_loss(tuned, x[i], y[i], smoothing, mixing, generator=mixer).backward()
             optimizer.step()
             optimizer.zero_grad()

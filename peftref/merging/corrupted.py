@@ -120,5 +120,7 @@ def family(seed: int, kind: str = "plain") -> tuple[nn.Module, dict[str, State]]
 def accuracy(model: nn.Module, state: State, data: Split) -> float:
     """Accuracy in % of the model with the tensors of ``state``; the model itself stays as it is."""
     blocks = zip(data.x.split(BLOCK), data.y.split(BLOCK), strict=True)
+    # Kernels in the order of memory in which a processor convolves a few channels half as fast again.
+    state = {n: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for n, t in state.items()}
     right = sum((torch.func.functional_call(model, state, (x,)).argmax(-1) == y).sum() for x, y in blocks)
     return 100 * int(right) / len(data.y)

@@ -1,7 +1,7 @@
 """Add a patch to weights: to a state dict for good, or to a live model until it is switched off again.
 
 A patch maps some of a model's tensor names to what to add there (eq-rws-patch). It is usually much smaller than the
-model, and that is all that switching it on or off costs: one pass over the tensors it names.
+model, and that is all that switching it on or off costs: a copy and an addition of the tensors it names.
 
 >>> import torch
 >>> from torch import nn
@@ -82,13 +82,23 @@ class Patched:
         check_states(patch=patch)
         check_tensors(patch, patch=patch, model=tensors)
         self._tensors, self._patch = _once(tensors, patch)
+        self._model, self._names = model, {name: tensors[name] for name in patch}
         self._stash = [torch.empty_like(t, requires_grad=False) for t in self._tensors]
         self.strength = 0.0
 
     @torch.no_grad()
     def on(self, strength: float = 1.0) -> Patched:
-        """Add ``strength`` times the patch to the model as it was before: calling it again replaces the strength."""
+        """Add ``strength`` times the patch to the model as it was before: calling it again replaces the strength.
+
+        Raises:
+            ValueError: a strength that is not finite.
+            RuntimeError: the model has other tensors than before (``load_state_dict(..., assign=True)``).
+        """
         finite("strength", strength)
+        now = dict(self._model.named_parameters(remove_duplicate=False))
+        now |= self._model.named_buffers(remove_duplicate=False)
+        if replaced := [name for name, tensor in self._names.items() if now.get(name) is not tensor]:
+            raise RuntimeError(f"model: expected the tensors it had, got others for {', '.join(replaced)}")
         self.off()
         if strength and self._tensors:
             torch._foreach_copy_(self._stash, self._tensors)

@@ -1,7 +1,8 @@
 r"""Signatures stored in few levels: each tensor as whole numbers and the two ends of its range.
 
-Cai, Zhang, Wang, ICML 2023 (:mod:`peftref.merging.rws`) store a signature in q *levels* (q = 16 is 4 bits). On a scale
-g the range of a tensor x is divided evenly, and each entry moves to the nearest of m levels (eq-rws-quantise):
+The official code of Cai, Zhang, Wang, ICML 2023 (:mod:`peftref.merging.rws`) stores a signature in q *levels* (q = 16
+is 4 bits). On a scale g the range of a tensor x is divided evenly, and each entry moves to the nearest of m levels
+(eq-rws-quantise):
 
 .. math:: c=\mathrm{round}\Bigl((m-1)\,\frac{g(x)-g(l)}{g(u)-g(l)}\Bigr),\qquad
           \hat x=g^{-1}\Bigl(g(l)+\frac{c}{m-1}\,\bigl(g(u)-g(l)\bigr)\Bigr).

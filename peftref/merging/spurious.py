@@ -50,7 +50,7 @@ by :func:`simulate` with hundreds of features. With few features, whose counts a
 too much: about 1 point at 20 features, p = 0.9 and 3 classes, but 3 to 8 points with 10 classes.
 
 Differs from the paper: its integral has K - 1 dimensions; as all margins covary equally, one is enough. The scales a, b
-and overlaps together are worked out here; the paper has each alone.
+and overlaps together are worked out here; as far as we recall the paper has each alone.
 
 >>> p = torch.tensor([0.0, 0.5, 0.9])
 >>> accuracy(margin_single(p, n_v=2, n_s=20), p, classes=3)  # alone

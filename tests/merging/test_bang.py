@@ -365,3 +365,25 @@ HOT, X, Y = torch.eye(4)[:3], torch.zeros(3, 2), torch.zeros(3).long()
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_last_batch_of_one_joins_the_one_before() -> None:
+    """BatchNorm cannot learn from a single sample."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(21, 3, generator=g), torch.randint(2, (21,), generator=g)
+    tuned = fine_tune(net, x, y, epochs=1, batch_size=10)
+    assert int(tuned[1].num_batches_tracked) == 2
+    assert int(fine_tune(net, x[:20], y[:20], epochs=1, batch_size=10)[1].num_batches_tracked) == 2
+
+
+@pytest.mark.parametrize("y", [[0, 1, 7], [0, -1, 1], [0.0, 1.0, 1.0], [0, 1]])
+def test_wrong_classes_are_refused(y: list) -> None:
+    g = torch.Generator().manual_seed(0)
+    with pytest.raises(ValueError, match="^y: expected classes"):
+        bang_loss(nn.Linear(3, 4), torch.randn(3, 3, generator=g), torch.tensor(y), generator=g)
+
+
+def test_mixup_needs_floating_point_inputs() -> None:
+    with pytest.raises(TypeError, match="^x: expected floating-point inputs, got torch.uint8"):
+        mixup(torch.zeros(2, 3, dtype=torch.uint8), torch.eye(2), generator=torch.Generator())

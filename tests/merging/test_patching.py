@@ -246,3 +246,13 @@ def test_an_empty_patch_does_nothing() -> None:
     with Patched(model, {}) as patched:
         assert bits(model.state_dict()) == before and patched.strength == 1.0
     assert bits(copy.deepcopy(model).state_dict()) == before
+
+
+def test_replaced_tensors_are_noticed() -> None:
+    net = nn.Linear(2, 2)
+    patch = Patched(net, {"bias": torch.ones(2)})
+    net.load_state_dict({k: v.clone() for k, v in net.state_dict().items()}, assign=True)
+    before = net.bias.clone()
+    with pytest.raises(RuntimeError, match="^model: expected the tensors it had, got others for bias"):
+        patch.on()
+    assert torch.equal(net.bias, before) and patch.strength == 0
