@@ -12,6 +12,10 @@ follows from its figures, where all biases are positive, as :math:`\gamma^2` and
 
 ``dgp_clarke_polselli_2025`` has 30 covariates of which two matter, in three designs.
 
+The noise depends on the seed and the sizes alone. Datasets of one seed in different structures, shapes or designs, or
+with another ``beta``, ``gamma``, ``delta``, ``rho``, ``twoway`` or ``theta``, differ in nothing else: a comparison of
+them is not a matter of luck.
+
 >>> data = dgp_fuhr_papies_2024("C", "u-shaped", n_units=3, n_periods=2, seeds=[0, 1])
 >>> data.panel.y.shape, data.panel.x.shape, data.frame(1).columns.tolist()
 (torch.Size([2, 6]), torch.Size([2, 1, 6]), ['unit', 'time', 'y', 'w', 'x1'])
@@ -21,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import pandas as pd
@@ -59,10 +64,10 @@ class Simulated:
 
     def frame(self, i: int = 0) -> pd.DataFrame:
         """Dataset i as a table with the columns unit, time, y, w, x1, ..., xJ."""
-        layout, x = self.panel.layout, self.panel.x[i].numpy()
-        columns = {"unit": layout.unit, "time": layout.time, "y": self.panel.y[i], "w": self.panel.w[i]}
-        table = {name: column.numpy() for name, column in columns.items()}
-        return pd.DataFrame(table | {f"x{j + 1}": row for j, row in enumerate(x)})
+        y, w, x, layout = self.panel
+        columns = {"unit": layout.unit, "time": layout.time, "y": y[i], "w": w[i]}
+        columns |= {f"x{j + 1}": row for j, row in enumerate(x[i])}
+        return pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
 
 
 def dgp_fuhr_papies_2024(
@@ -78,7 +83,7 @@ def dgp_fuhr_papies_2024(
         n_units, n_periods: N and T, balanced.
         n_covariates: J; of several, the noise is correlated by a random matrix.
         beta: the effect.
-        gamma, delta: instead of random ones.
+        gamma, delta: instead of random ones; one ``gamma`` for all covariates.
         rho: autoregression of the outcome's noise, in (-1, 1), from its stationary law on.
         twoway: periods have a :math:`U_t` that acts as :math:`U_i` does, with the same factor.
         seeds: one for each dataset.
@@ -92,25 +97,27 @@ def dgp_fuhr_papies_2024(
         raise ValueError(f"shape: expected one of {', '.join(SHAPES)}, got {shape!r}")
     if not -1 < rho < 1:
         raise ValueError(f"rho: expected a number in (-1, 1), got {rho!r}")
-    layout = _grid(n_units, n_periods)
-    size = (n_units, n_periods)
+    _check_sizes(n_covariates=(n_covariates, 1))
+    layout, size = _grid(n_units, n_periods), (n_units, n_periods)
     made, drawn = [], []
     for seed in seeds:
         rng = np.random.default_rng(seed)
-        g = rng.normal(size=n_covariates) if gamma is None else np.full(n_covariates, float(gamma))
-        d = rng.normal() if delta is None else float(delta)
-        a0, (a1, a2) = rng.normal(size=(n_covariates, 1, 1)), rng.normal(size=2)
-        u = d * rng.normal(size=(n_units, 1)) + (d * rng.normal(size=(1, n_periods)) if twoway else 0.0)
-        u = 0.0 if structure == "A" else u
-        epsilon = rng.normal(size=(n_covariates, *size))
-        if n_covariates > 1:
-            epsilon = np.einsum("kj,kit->jit", rng.normal(size=(n_covariates, n_covariates)), epsilon)
-        x = a0 + (u if structure == "C" else 0.0) + epsilon
+        # Everything is drawn, used or not, and in this order: what one setting leaves out must not move the rest.
+        g, d = rng.normal(size=n_covariates), rng.normal()
+        a0, (a1, a2) = rng.normal(size=n_covariates), rng.normal(size=2)
+        of_unit, epsilon = rng.normal(size=(n_units, 1)), rng.normal(size=(n_covariates, *size))
+        mixing = rng.normal(size=(n_covariates, n_covariates)) if n_covariates > 1 else np.ones((1, 1))
+        eta, mu, of_period = rng.normal(size=size), rng.normal(size=size), rng.normal(size=n_periods)
+        g = g if gamma is None else np.full(n_covariates, float(gamma))
+        d = d if delta is None else float(delta)
+        u = d * (of_unit + of_period if twoway else of_unit)
+        x = a0[:, None, None] + (structure == "C") * u + np.einsum("kj,kit->jit", mixing, epsilon)
         effect = np.tensordot(g / n_covariates, SHAPES[shape](x), 1)
-        w = a1 + effect + u + rng.normal(size=size)
-        mu = _autoregressive(rng.normal(size=size), rho)
-        made.append(np.stack((a2 + beta * w + effect + u + mu, w, effect, *x)).reshape(3 + n_covariates, -1))
-        drawn.append({"seed": seed, "delta": d} | {f"gamma{j + 1}": value for j, value in enumerate(g)})
+        w = a1 + effect + (structure != "A") * u + eta
+        y = a2 + beta * w + effect + (structure != "A") * u + _autoregressive(mu, rho)
+        made.append(np.stack((y, w, effect, *x)).reshape(3 + n_covariates, -1))
+        names = [*(f"{name}{j + 1}" for name in ("gamma", "alpha0_") for j in range(n_covariates)), "alpha1", "alpha2"]
+        drawn.append({"seed": seed, "delta": d} | dict(zip(names, (*g, *a0, a1, a2), strict=True)))
     return _batch(made, layout, beta, drawn)
 
 
@@ -132,8 +139,7 @@ def dgp_clarke_polselli_2025(
     """
     if design not in (1, 2, 3):
         raise ValueError(f"design: expected 1, 2 or 3, got {design!r}")
-    if not isinstance(n_covariates, int) or n_covariates < 3:
-        raise ValueError(f"n_covariates: expected an integer >= 3, got {n_covariates!r}")
+    _check_sizes(n_covariates=(n_covariates, 3))
     layout, size, a, b = _grid(n_units, n_periods), (n_units, n_periods), 0.25, 0.5
     made = []
     for seed in seeds:
@@ -153,10 +159,14 @@ def dgp_clarke_polselli_2025(
     return _batch(made, layout, theta, [{"seed": seed} for seed in seeds])
 
 
+def _check_sizes(**sizes: tuple[int, int]) -> None:
+    for name, (value, least) in sizes.items():
+        if not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+
+
 def _grid(n_units: int, n_periods: int) -> Layout:
-    for name, value in (("n_units", n_units), ("n_periods", n_periods)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+    _check_sizes(n_units=(n_units, 1), n_periods=(n_periods, 1))
     unit, time = torch.arange(n_units).repeat_interleave(n_periods), torch.arange(n_periods).repeat(n_units)
     return Layout(unit, time, torch.arange(n_units * n_periods), n_units, n_periods)
 

@@ -30,12 +30,12 @@ For a binary treatment ``model="irm"`` estimates the average effect without a li
 >>> arguments = data["y"], data["w"], data[["x1"]], data["unit"], data["time"]
 >>> for name in ("fe", "pooled", "cre"):  # the true effect is 1
 ...     print(name, PanelDML(name).fit(*arguments).coef_.__round__(1))
-fe 1.8
+fe 1.9
 pooled 1.3
 cre 1.0
 >>> PanelDML("cre").fit(*arguments).summary().round(2)[["coef", "std err", "2.5 %", "97.5 %"]]
    coef  std err  2.5 %  97.5 %
-w  1.03     0.02   0.98    1.08
+w  1.03     0.02   0.99    1.08
 """
 
 from __future__ import annotations

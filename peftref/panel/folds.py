@@ -17,7 +17,7 @@ train the model for fold k.
 
 >>> layout = Layout.of([0, 0, 1, 1, 2, 2], [0, 1, 0, 1, 0, 1])
 >>> make_folds(layout, 3, "unit", seed=1).fold  # one row, for one split
-tensor([[0, 0, 1, 1, 2, 2]])
+tensor([[2, 2, 0, 0, 1, 1]])
 >>> make_folds(layout, 2, "time_block").keep
 tensor([[False,  True],
         [ True, False]])
@@ -96,7 +96,7 @@ def make_folds(layout: Layout, folds: int = 5, scheme: str = "unit", *, repeats:
     for what, size in shared.get(scheme, {"periods": layout.n_periods}).items():
         if size < folds:
             raise ValueError(f"folds: expected no more than the {size} {what} that {scheme!r} shares out, got {folds}")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng((seed, 1))  # a stream of its own: not that of data simulated with the same seed
 
     def deal(size: int) -> Tensor:
         """``(R, size)``: K shares as equal as can be, at random."""
