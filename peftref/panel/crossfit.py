@@ -85,7 +85,8 @@ def _crossfit(
     rows = torch.cat([t.expand(batch, -1, -1) for t in (z, targets)], -2)
     sorted_rows, counts, place = by_fold(rows, fold.expand(batch, -1), len(keep))
     z_sorted, y_sorted = sorted_rows.split((z.shape[-2], q), -2)
-    columns = torch.cat((polynomial(z_sorted, exponents), y_sorted), -2)
+    columns = polynomial(z_sorted, exponents, room=q)
+    columns[..., p:, :] = y_sorted
     parts = moments(columns, counts)
     features, predicted = columns[..., :p, :], columns.new_empty(*columns.shape[:-2], q, columns.shape[-1])
     groups: dict[tuple, list[int]] = {}

@@ -99,8 +99,9 @@ def dgp_fuhr_papies_2024(
         raise ValueError(f"rho: expected a number in (-1, 1), got {rho!r}")
     _check_sizes(n_covariates=(n_covariates, 1))
     layout, size = _grid(n_units, n_periods), (n_units, n_periods)
-    made, drawn = [], []
-    for seed in seeds:
+    seeds = list(seeds)
+    values, drawn = torch.empty(len(seeds), 3 + n_covariates, *size, dtype=torch.float64), []
+    for seed, out in zip(seeds, values.numpy(), strict=True):
         rng = np.random.default_rng(seed)
         # Everything is drawn, used or not, and in this order: what one setting leaves out must not move the rest.
         g, d = rng.normal(size=n_covariates), rng.normal()
@@ -115,10 +116,10 @@ def dgp_fuhr_papies_2024(
         effect = np.tensordot(g / n_covariates, SHAPES[shape](x), 1)
         w = a1 + effect + (structure != "A") * u + eta
         y = a2 + beta * w + effect + (structure != "A") * u + _autoregressive(mu, rho)
-        made.append(np.stack((y, w, effect, *x)).reshape(3 + n_covariates, -1))
+        out[0], out[1], out[2], out[3:] = y, w, effect, x
         names = [*(f"{name}{j + 1}" for name in ("gamma", "alpha0_") for j in range(n_covariates)), "alpha1", "alpha2"]
         drawn.append({"seed": seed, "delta": d} | dict(zip(names, (*g, *a0, a1, a2), strict=True)))
-    return _batch(made, layout, beta, drawn)
+    return _batch(values, layout, beta, drawn)
 
 
 def dgp_clarke_polselli_2025(
@@ -141,8 +142,9 @@ def dgp_clarke_polselli_2025(
         raise ValueError(f"design: expected 1, 2 or 3, got {design!r}")
     _check_sizes(n_covariates=(n_covariates, 3))
     layout, size, a, b = _grid(n_units, n_periods), (n_units, n_periods), 0.25, 0.5
-    made = []
-    for seed in seeds:
+    seeds = list(seeds)
+    values = torch.empty(len(seeds), 3 + n_covariates, *size, dtype=torch.float64)
+    for seed, out in zip(seeds, values.numpy(), strict=True):
         rng = np.random.default_rng(seed)
         x = rng.normal(scale=5**0.5, size=(n_covariates, *size))
         own, c = rng.normal(scale=0.95**0.5, size=(n_units, 1)), rng.normal(size=(n_units, 1))
@@ -155,8 +157,8 @@ def dgp_clarke_polselli_2025(
         w = m + c + rng.normal(size=size)
         alpha = a * (w.mean(1, keepdims=True) - w.mean()) + a * (p + q).mean(1, keepdims=True) + own
         y = theta * w + g + alpha + rng.normal(size=size)
-        made.append(np.stack((y, w, g, *x)).reshape(3 + n_covariates, -1))
-    return _batch(made, layout, theta, [{"seed": seed} for seed in seeds])
+        out[0], out[1], out[2], out[3:] = y, w, g, x
+    return _batch(values, layout, theta, [{"seed": seed} for seed in seeds])
 
 
 def _check_sizes(**sizes: tuple[int, int]) -> None:
@@ -171,10 +173,10 @@ def _grid(n_units: int, n_periods: int) -> Layout:
     return Layout(unit, time, torch.arange(n_units * n_periods), n_units, n_periods)
 
 
-def _batch(made: list[np.ndarray], layout: Layout, effect: float, drawn: list[dict]) -> Simulated:
-    if not made:
+def _batch(values: Tensor, layout: Layout, effect: float, drawn: list[dict]) -> Simulated:
+    if not len(values):
         raise ValueError("seeds: expected at least one, got none")
-    values = torch.from_numpy(np.stack(made))
+    values = values.flatten(2)
     panel = Panel(values[:, 0], values[:, 1], values[:, 3:], layout)
     return Simulated(panel, values[:, 2], effect, pd.DataFrame(drawn).set_index("seed"))
 

@@ -60,8 +60,8 @@ def by_fold(rows: Tensor, fold: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]
     full = bool((counts == m).all())
     source = torch.full((batch, k * m), 0 if full else n, device=fold.device).scatter_(1, slot, order)
     rows = rows if full else torch.nn.functional.pad(rows, (0, 1))  # a row of zeros to fill up with
-    index = source.view(batch, k, 1, m).transpose(1, 2).expand(-1, rows.shape[1], -1, -1).flatten(2)
-    return rows.gather(-1, index).view(batch, -1, k, m).transpose(1, 2).contiguous(), counts, place
+    index = source.view(batch, k, 1, m).expand(-1, -1, rows.shape[1], -1)
+    return rows.unsqueeze(1).expand(-1, k, -1, -1).gather(-1, index), counts, place
 
 
 def moments(columns: Tensor, counts: Tensor) -> Moments:

@@ -81,12 +81,14 @@ def partial_out(
             places["x"] += range(x.shape[-2], z.shape[-2])
     else:
         z, places = variables(panel, "".join(of_y + of_w for of_y, of_w in map(SETS.__getitem__, estimators)), twoway)
-    uses = [[i for key in keys for i in places[key]] for name in estimators for keys in SETS[name]]
+    models = list(dict.fromkeys((i, keys) for name in estimators for i, keys in enumerate(SETS[name])))  # each once
     size = max(len(y), len(w))
-    targets = torch.stack([t.expand(size, -1) for t in (y, w)] * len(estimators), 1)
-    residuals = targets - fit(z, targets, folds, uses=uses, **more)
+    targets = torch.stack([(y, w)[i].expand(size, -1) for i, _ in models], 1)
+    predicted = fit(z, targets, folds, uses=[[j for key in keys for j in places[key]] for _, keys in models], **more)
+    residuals = dict(zip(models, (targets - predicted).unbind(1), strict=True))
     found = {}
-    for name, u, v in zip(estimators, residuals[:, ::2].unbind(1), residuals[:, 1::2].unbind(1), strict=True):
+    for name in estimators:
+        u, v = (residuals[model] for model in enumerate(SETS[name]))
         u = within(u, layout, twoway) if name == "late" else u
         # cre_general:  w - (m + mean_i(w) - mean_i(m)) = v - mean_i(v)
         v = within(v, layout, twoway) if name in ("late", "cre_general") else v

@@ -88,9 +88,10 @@ def monomials(n: int, degree: int, interactions: bool = True, linear: int = 0) -
     return torch.from_numpy(np.stack(rows))
 
 
-def polynomial(z: Tensor, exponents: Tensor) -> Tensor:
-    """Monomials ``(..., p, n)`` of variables ``(..., J, n)``: each is an earlier one times a variable."""
-    out = z.new_empty((*z.shape[:-2], len(exponents), z.shape[-1]))
+def polynomial(z: Tensor, exponents: Tensor, room: int = 0) -> Tensor:
+    """Monomials ``(..., p, n)`` of variables ``(..., J, n)``: each is an earlier one times a variable; behind them, if
+    asked for, is room for more columns, which the caller fills."""
+    out = z.new_empty((*z.shape[:-2], len(exponents) + room, z.shape[-1]))
     seen: dict[tuple, int] = {}
     for i, row in enumerate(map(tuple, exponents.tolist())):
         last = max(j for j, e in enumerate(row) if e)
