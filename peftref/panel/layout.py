@@ -143,7 +143,7 @@ def within(a: Tensor, layout: Layout, twoway: bool = False, dim: int = -1, tol: 
         tol: of the alternating projections in an unbalanced panel, relative to the largest entry of ``a``.
     """
     result = a - means(a, layout.unit, dim)
-    if not twoway:
+    if not twoway or not a.numel():
         return result
     for _ in range(10_000):
         step = means(result, layout.time, dim)
