@@ -67,12 +67,13 @@ def crossfit_sklearn(
         features = table[:, columns[t]]
         if onehot is not None:
             features = scipy.sparse.hstack([features, onehot], "csr")
-        model = follow_folds(clone(learners[t]), fold[train]).fit(features[train], wanted[r, t, train])
-        if not is_classifier(model):
-            return np.asarray(model.predict(features[test]), dtype=np.float64).reshape(-1)
-        if len(model.classes_) != 2:
-            raise ValueError(f"w: expected zeros and ones in the training rows of fold {k}, got {model.classes_}")
-        return model.predict_proba(features[test])[:, 1]
+        goal = wanted[r, t, train]
+        if is_classifier(learners[t]) and len(classes := np.unique(goal)) != 2:
+            raise ValueError(f"w: expected zeros and ones in the training rows of fold {k}, got {classes}")
+        model = follow_folds(clone(learners[t]), fold[train]).fit(features[train], goal)
+        if is_classifier(model):
+            return model.predict_proba(features[test])[:, 1]
+        return np.asarray(model.predict(features[test]), dtype=np.float64).reshape(-1)
 
     jobs = [(r, k, t) for r in range(repeats) for k in range(len(folds)) for t in range(q)]
     made = Parallel(n_jobs=n_jobs)(delayed(one)(*job) for job in jobs)
