@@ -15,7 +15,7 @@ With :math:`u=Y-\hat E[Y\mid z]` and :math:`v=W-\hat E[W\mid z]`, predicted out 
 
 The estimators differ in what the learner may know of a unit, z, and in where means of units are taken away; their table
 (eq-dml_panel-sets) is in :mod:`peftref.panel.information`. Without learning there are ``simple_ols`` (Y on W), ``pols``
-(and X), ``fe_only`` (Y on W within units) and ``fe`` (and X).
+(and X), ``fe_only`` (Y on W within units) and ``fe`` (and X), which split nothing.
 
 The paper fits DML1 and reports no standard errors; by default we solve DML2 with whole units in a fold and errors
 clustered by unit, as DoubleML does (:mod:`peftref.panel.inference`). Its ``early`` leaves the grand mean out, which a
@@ -143,19 +143,21 @@ class PanelDML(BaseEstimator):
         panel, frame = read_panel(y, w, x, unit, time, estimator=self.estimator, twoway=self.twoway)
         panel = transform(self.estimator, panel, self.twoway)
         folds = self.folds
-        if not isinstance(folds, Folds):
+        if self.estimator in LINEAR:  # nothing is learned, so nothing is split
+            folds = Folds(torch.zeros_like(panel.layout.unit)[None], torch.ones(1, 1, dtype=torch.bool))
+        elif not isinstance(folds, Folds):
             folds = make_folds(panel.layout, folds, self.scheme, repeats=self.repeats, seed=self.seed)
         elif folds.fold.shape[1] != len(panel.layout):
             raise ValueError(f"folds: expected {len(panel.layout)} rows, got {folds.fold.shape[1]}")
+        elif any(row.unique().tolist() != list(range(len(folds))) for row in folds.fold):
+            raise ValueError(f"folds: expected rows in each of the folds 0 to {len(folds) - 1}, and in no others")
         if self.model == "irm":
             psi_a, psi_b, u, v = self._interactive(panel, folds)
         else:
             psi_a, psi_b, u, v = self._partially_linear(panel, folds)
         weights = row_weights(panel.layout, folds, self.cluster)
         self.coefs_ = solve(psi_a, psi_b, weights, folds, self.agg)
-        self.ses_ = standard_error(
-            psi_a * self.coefs_.unsqueeze(1) + psi_b, psi_a, panel.layout, folds, self.cluster
-        )
+        self.ses_ = standard_error(psi_a * self.coefs_.unsqueeze(1) + psi_b, psi_a, panel.layout, folds, self.cluster)
         self.coef_, self.se_ = over_repeats(self.coefs_, self.ses_)
         self.residuals_ = frame.align({"y": u, "w": v}, panel.layout)
         self.n_rows_, self.n_units_ = len(panel.layout), panel.layout.n_units
@@ -177,14 +179,14 @@ class PanelDML(BaseEstimator):
 
     def _partially_linear(self, panel: Panel, folds: Folds) -> tuple[Tensor, ...]:
         if self.estimator in LINEAR:
-            u, v = (t.expand(len(folds.fold), -1) for t in linear_residuals(self.estimator, panel, self.twoway))
-            return *plr_score(v, u), u, v
-        fit = self._fit()
-        u, v = partial_out([self.estimator], panel, folds, fit, twoway=self.twoway)[self.estimator]
+            u, v = linear_residuals(self.estimator, panel, self.twoway)
+        else:
+            fit = self._fit()
+            u, v = partial_out([self.estimator], panel, folds, fit, twoway=self.twoway)[self.estimator]
         spread = (panel.w - panel.w.mean()).square().sum()
         if not (v.square().sum(-1) > 1e-12 * spread).all():
             raise ValueError("w: expected a treatment that z does not determine, got residuals of zero")
-        if self.score == "partialling out":
+        if self.score == "partialling out" or self.estimator in LINEAR:
             return *plr_score(v, u), u, v
         # A first estimate over all rows; then g is learned from what W leaves of Y, with the features of E[Y | z].
         first = (v * u).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True)
@@ -230,7 +232,9 @@ class PanelDML(BaseEstimator):
             raise ValueError(f"estimator: expected 'pooled', 'cre' or 'cre_normal' for 'irm', got {self.estimator!r}")
         if self.twoway and self.estimator == "fd":
             raise ValueError("twoway: expected False for the estimator 'fd', got True")
-        if self.cluster == "twoway" and scheme != "product":
+        if self.model == "irm" and self.score != "partialling out":
+            raise ValueError(f"score: expected 'partialling out' (none other) for 'irm', got {self.score!r}")
+        if self.cluster == "twoway" and scheme != "product" and self.estimator not in LINEAR:
             raise ValueError(f"scheme: expected 'product' for cluster='twoway', got {scheme!r}")
         if not 0 < self.clip < 0.5:
             raise ValueError(f"clip: expected a number in (0, 0.5), got {self.clip!r}")

@@ -68,9 +68,7 @@ def solve(psi_a: Tensor, psi_b: Tensor, weights: Tensor, folds: Folds, agg: str 
     return -(b / a).mean(1)
 
 
-def standard_error(
-    psi: Tensor, psi_a: Tensor, layout: Layout, folds: Folds, cluster: str | None = "unit"
-) -> Tensor:
+def standard_error(psi: Tensor, psi_a: Tensor, layout: Layout, folds: Folds, cluster: str | None = "unit") -> Tensor:
     """Standard errors ``(R,)`` of scores ``(R, n)`` at the estimate, and of their slopes.
 
     Args:

@@ -43,14 +43,22 @@ Fit = Callable[..., Tensor]  # crossfit or crossfit_sklearn, with its learner
 
 
 def transform(estimator: str, panel: Panel, twoway: bool = False) -> Panel:
-    """The panel that an estimator learns from: within units for ``early``, differences for ``fd``, else as it is."""
+    """The panel that an estimator learns from: within units for ``early``, differences for ``fd``, else as it is.
+
+    Raises:
+        ValueError: for ``fd``, no rows in consecutive periods, or a treatment with constant differences.
+    """
     y, w, x, layout = panel
     if estimator == "early":
         return Panel(*(within(t, layout, twoway) for t in (y, w, x)), layout)
     if estimator == "fd":
         now, before = layout.consecutive()
-        lagged = torch.cat((x[..., now], x[..., before]), -2)
-        return Panel(y[..., now] - y[..., before], w[..., now] - w[..., before], lagged, layout.select(now))
+        if not len(now):
+            raise ValueError("time: expected rows in consecutive periods for the estimator 'fd', got none")
+        dy, dw = (t[..., now] - t[..., before] for t in (y, w))
+        if ((dw - dw.mean(-1, keepdim=True)).abs().amax(-1) <= 1e-10 * w.abs().amax(-1)).any():
+            raise ValueError("w: expected a treatment whose differences vary, got one whose differences are constant")
+        return Panel(dy, dw, torch.cat((x[..., now], x[..., before]), -2), layout.select(now))
     return panel
 
 

@@ -49,9 +49,7 @@ def project_out(a: Tensor, x: Tensor) -> Tensor:
     return a
 
 
-def panel_ols(
-    y: Any, x: Any, unit: Any, time: Any, *, effects: str = "pooled", twoway: bool = False
-) -> pd.DataFrame:
+def panel_ols(y: Any, x: Any, unit: Any, time: Any, *, effects: str = "pooled", twoway: bool = False) -> pd.DataFrame:
     """Least squares with all coefficients, and two kinds of standard errors.
 
     Args:
