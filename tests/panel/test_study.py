@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -21,6 +22,15 @@ from peftref.panel.study import ORACLES, estimate, monte_carlo
 ALL = (*ESTIMATORS, *ORACLES)
 small = partial(dgp_fuhr_papies_2024, "C", "u-shaped", n_units=30, n_periods=9, n_covariates=2)
 ignore_dummies = pytest.mark.filterwarnings("ignore:scheme. 'unit'", "ignore:scheme. 'product'")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Single fits here are too small to share: on a busy machine, threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def split(data: Simulated, seeds: list[int], k: int = 5, scheme: str = "random") -> Folds:
