@@ -83,13 +83,14 @@ def read_panel(
         if not index.equals(first := next(iter(indexed.values()))):
             raise ValueError(f"{name}: expected the index of the other columns, {first[:3]}..., got {index[:3]}...")
     frame = Frame(next(iter(indexed.values()), pd.RangeIndex(len(y))), str(getattr(w, "name", None) or "w"))
-    table = pd.DataFrame({"y": _numbers("y", y), "w": _numbers("w", w)})
+    table = [_numbers("y", y), _numbers("w", w)]
     names = []
     if x is not None and estimator not in NO_COVARIATES:
         columns = x if isinstance(x, pd.DataFrame) else pd.DataFrame(np.asarray(x))
+        if not columns.shape[1]:
+            raise ValueError("x: expected at least one covariate, got none")
         names = [f"x[{name!r}]" for name in columns]
-        for i, name in enumerate(names):
-            table[name] = _numbers(name, columns.iloc[:, i])
+        table += [_numbers(name, columns.iloc[:, i]) for i, name in enumerate(names)]
     layout = Layout.of(unit, time)
     if estimator not in ACROSS and (single := layout.counts() == 1).any():
         kept = ~single[layout.unit]
@@ -97,7 +98,7 @@ def read_panel(
         if not kept.any():
             raise ValueError("unit: expected units with several rows, got none")
         layout = layout.select(kept)
-    values = torch.from_numpy(table.to_numpy()[layout.order.numpy()].T.copy())
+    values = torch.from_numpy(np.stack(table)[:, layout.order.numpy()])
     panel = Panel(values[:1], values[1:2], values[None, 2:], layout)
     _check_variation(panel, names, estimator, twoway)
     return panel, frame
@@ -105,6 +106,8 @@ def read_panel(
 
 def _numbers(name: str, column: Any) -> np.ndarray:
     try:
+        if np.asarray(column).dtype.kind in "mMc":  # NumPy would take dates for nanoseconds, and drop imaginary parts
+            raise TypeError
         values = np.asarray(column, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected numbers, got {getattr(column, 'dtype', type(column).__name__)}") from error

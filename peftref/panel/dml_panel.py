@@ -40,16 +40,18 @@ w  1.03     0.02   0.99    1.08
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
 import pandas as pd
 import torch
 from scipy.stats import norm
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, is_classifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from .columns import Panel, read_panel
@@ -168,12 +170,14 @@ class PanelDML(BaseEstimator):
         """The interval that covers the effect with probability ``level``, by the normal distribution."""
         if not 0 < level < 1:
             raise ValueError(f"level: expected a number in (0, 1), got {level}")
+        check_is_fitted(self)
         ends = {f"{100 * q:.3g} %": self.coef_ + norm.ppf(q) * self.se_ for q in ((1 - level) / 2, (1 + level) / 2)}
         return pd.DataFrame(ends, index=[self._name])
 
     def summary(self) -> pd.DataFrame:
         """Coefficient, standard error, t, p and the 95 % interval, as DoubleML prints them."""
-        t = self.coef_ / self.se_
+        check_is_fitted(self)
+        t = self.coef_ / self.se_ if self.se_ else math.copysign(math.inf, self.coef_)
         row = {"coef": self.coef_, "std err": self.se_, "t": t, "P>|t|": 2 * norm.sf(abs(t))}
         return pd.DataFrame(row, index=[self._name]).join(self.confint())
 
@@ -242,6 +246,8 @@ class PanelDML(BaseEstimator):
             learner = getattr(self, name)
             if learner is not None and not (hasattr(learner, "fit") and hasattr(learner, "predict")):
                 raise TypeError(f"{name}: expected a scikit-learn learner, got {type(learner).__name__}")
+        if self.model == "irm" and self.learner_w is not None and not is_classifier(self.learner_w):
+            raise TypeError(f"learner_w: expected a classifier for 'irm', got {type(self.learner_w).__name__}")
         if self.estimator == "dummies" and scheme in ("unit", "product"):
             text = f"scheme: {scheme!r} leaves the units of a fold without a trained column in 'dummies'"
             warnings.warn(text, UserWarning, stacklevel=3)

@@ -65,15 +65,16 @@ def panel_ols(y: Any, x: Any, unit: Any, time: Any, *, effects: str = "pooled", 
         small-sample factor), a row for each regressor.
 
     Raises:
-        ValueError: unknown effects, or columns that :func:`~peftref.panel.columns.read_panel` refuses.
+        ValueError: unknown effects, regressors that determine each other or leave no degrees of freedom, or columns
+            that :func:`~peftref.panel.columns.read_panel` refuses.
     """
     if effects not in ("pooled", "random", "fixed"):
         raise ValueError(f"effects: expected 'pooled', 'random' or 'fixed', got {effects!r}")
     if twoway and effects != "fixed":
         raise ValueError(f"twoway: expected effects='fixed', got {effects!r}")
     x = x if isinstance(x, pd.DataFrame) else pd.DataFrame(np.asarray(x)).rename(columns="x{}".format)
-    # y stands in for the treatment, which is checked for variation
-    panel, _ = read_panel(y, y, x, unit, time, estimator="pols")
+    # the row's number stands in for the treatment, which is checked for variation
+    panel, _ = read_panel(y, None if y is None else range(len(y)), x, unit, time, estimator="pols")
     layout, names = panel.layout, ["intercept", *map(str, x)]
     y, x = panel.y[0], torch.cat((torch.ones_like(panel.y), panel.x[0]))
     degrees = 0
@@ -85,10 +86,19 @@ def panel_ols(y: Any, x: Any, unit: Any, time: Any, *, effects: str = "pooled", 
     elif effects == "random":
         theta = _quasi(y, x, layout)
         y, x = y - theta * means(y, layout.unit), x - theta * means(x, layout.unit)
-    inverse = torch.linalg.inv(x @ x.T)
+    left = len(y) - len(x) - degrees
+    if not len(x) or left < 1:
+        raise ValueError(
+            f"x: expected regressors that vary, and more rows, got {len(x)} for {left + len(x)} to explain"
+        )
+    size = x.square().sum(1).sqrt()
+    gram = (x / size[:, None]) @ (x / size[:, None]).T
+    if not torch.linalg.eigvalsh(gram)[0] > 1e-12:
+        raise ValueError(f"x: expected regressors that do not determine each other, got {', '.join(names)}")
+    inverse = torch.linalg.inv(gram) / torch.outer(size, size)
     coef = inverse @ (x @ y)
     residual = y - coef @ x
-    variance = residual.square().sum() / (len(y) - len(x) - degrees)
+    variance = residual.square().sum() / left
     score = group_sums(x * residual, layout.unit, layout.n_units)
     errors = {"std err": variance * inverse, "clustered": inverse @ (score @ score.T) @ inverse}
     table = {"coef": coef} | {name: v.diagonal().sqrt() for name, v in errors.items()}
@@ -97,6 +107,8 @@ def panel_ols(y: Any, x: Any, unit: Any, time: Any, *, effects: str = "pooled", 
 
 def _quasi(y: Tensor, x: Tensor, layout: Layout) -> Tensor:
     """The share of its unit's mean to take from each row: 1 - sqrt(s_e^2 / (s_e^2 + T_i s_u^2)), Swamy and Arora."""
+    if layout.n_units <= len(x):
+        raise ValueError(f"unit: expected more units than coefficients, got {layout.n_units} for {len(x)}")
     dy, dx = within(y, layout), within(x, layout)
     dx = dx[dx.abs().amax(1) > 1e-10 * x.abs().amax(1)]
     inner = project_out(dy[None], dx).square().sum() / (len(y) - layout.n_units - len(dx))
