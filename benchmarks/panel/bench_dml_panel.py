@@ -1,31 +1,39 @@
-"""Double machine learning for panels against DoubleML: the same data, folds and learner, so the same coefficients."""
+"""Double machine learning for panels against DoubleML: the same data, folds and learner, so the same coefficients.
+
+All on one thread: the matrices are small, and threads that share them would be timed waiting for each other.
+"""
 
 from __future__ import annotations
 
 import math
-import statistics
-import time
+import tracemalloc
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 
 import numpy as np
 import torch
 from doubleml import DoubleMLData, DoubleMLPLPR, DoubleMLPLR
 from doubleml.data import DoubleMLPanelData
+from doubleml.utils._estimation import _var_est
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
+from threadpoolctl import threadpool_limits
 
-from benchmarks._timing import Row, compare, peak_mb
+from benchmarks._timing import Row, compare
 from peftref.panel.dgp import Simulated, dgp_fuhr_papies_2024
 from peftref.panel.dml_panel import PanelDML
 from peftref.panel.folds import Folds, make_folds
+from peftref.panel.inference import standard_error
+from peftref.panel.ridge import monomials
 from peftref.panel.study import estimate
 
 CELLS = [(structure, shape) for shape in ("linear", "u-shaped") for structure in "ABC"]
 PLPR = {"early": "wg_approx", "cre_general": "cre_general", "cre_normal": "cre_normal", "fd": "fd_exact"}
 PLR = ("pooled", "cre")
+PEER = f"DoubleML {version('doubleml')}"
 
 
 class Fixed(TransformerMixin, BaseEstimator):
@@ -89,16 +97,47 @@ def study_row() -> Row:
 
     for one, other in zip(ours(), peer(), strict=True):
         for name in names:
-            np.testing.assert_allclose(one[name].item(), other[name], rtol=1e-7, err_msg=name)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of many small matrices, as in a study
-    try:
-        return compare(
-            f"{len(CELLS)} panels of 500 x 10, {len(names)} estimators, 5 folds", ours, peer,
-            peer_name="DoubleML, the same learner", target=50.0, warmup=1, repeats=3,
-        )  # fmt: skip
-    finally:
-        torch.set_num_threads(threads)
+            np.testing.assert_allclose(one[name].item(), other[name], rtol=1e-8, err_msg=name)
+    row = compare(
+        f"{len(CELLS)} panels of 500 x 10, {len(names)} estimators, 5 folds", ours, peer,
+        peer_name=f"{PEER}, the same learner", target=50.0, warmup=1, repeats=5,
+    )  # fmt: skip
+    row["peer_peak_mb"] = numpy_peak_mb(peer)
+    return row
+
+
+def numpy_peak_mb(run: Callable[[], object]) -> float:
+    """What ``peak_mb`` is for tensors, for the arrays of a peer without any."""
+    tracemalloc.start()
+    run()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak / 1e6
+
+
+def error_row(n_units: int, n_periods: int) -> Row:
+    """Standard errors clustered by unit: sums over units in one pass, for their loop over units."""
+    layout = dgp_fuhr_papies_2024(n_units=n_units, n_periods=n_periods).panel.layout
+    folds = make_folds(layout, 5, "unit")
+    psi, slope = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 1, len(layout))))
+    slope = slope - 2
+    smpls = [tuple(part.numpy() for part in split) for split in folds.splits()]
+    unit = layout.unit.numpy()[:, None]
+    clusters = [tuple([np.unique(unit[part])] for part in split) for split in smpls]
+
+    def ours() -> float:
+        return standard_error(psi, slope, layout, folds).item()
+
+    def peer() -> float:
+        return _var_est(psi[0].numpy(), slope[0].numpy(), smpls, True, unit, clusters, 5)[0] ** 0.5
+
+    np.testing.assert_allclose(ours(), peer(), rtol=1e-10)
+    row = compare(
+        f"se clustered by {n_units} units, {len(layout)} rows", ours, peer, peer_name=PEER, target=50.0, warmup=1,
+        repeats=5,
+    )  # fmt: skip
+    row["peer_peak_mb"] = numpy_peak_mb(peer)
+    return row
 
 
 def fitted(n_units: int, n_periods: int, n_covariates: int = 1) -> Callable[[], PanelDML]:
@@ -107,32 +146,38 @@ def fitted(n_units: int, n_periods: int, n_covariates: int = 1) -> Callable[[], 
     return lambda: PanelDML("cre").fit(frame["y"], frame["w"], x, frame["unit"], frame["time"])
 
 
-def seconds(run: Callable[[], object], repeats: int = 3) -> float:
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def scaling_row(what: str, small: tuple[int, ...], large: tuple[int, ...], factor: float, target: float | None) -> Row:
-    """``factor`` times the small problem beside the large one: the ratio is 1 where time is linear."""
-    one, other = fitted(*small), fitted(*large)
-    small_s, large_s = seconds(one), seconds(other)
-    exponent = math.log(large_s / small_s) / math.log(factor)
-    return Row(
-        claim=f"cre, {what}: time grows with the power {exponent:.2f}", peer=f"{factor:g} times the smaller problem",
-        ours_s=large_s, peer_s=factor * small_s, ratio=factor * small_s / large_s, ours_peak_mb=peak_mb(other),
-        peer_peak_mb=factor * peak_mb(one), target=target,
+    """``factor`` times the time and memory of the small problem beside those of the large one: 1 where linear."""
+    row = compare(
+        f"cre, {what}", fitted(*large), fitted(*small), peer_name=f"{factor:.3g} times the small one", target=target,
+        warmup=1, repeats=5,
     )  # fmt: skip
+    for key in ("peer_s", "peer_peak_mb", "ratio"):
+        row[key] *= factor
+    row["claim"] += f": time ~ power {1 - math.log(row['ratio'], factor):.2f}"
+    return row
+
+
+def features(n_covariates: int) -> int:
+    """Of x, its means and that of w, to the third degree."""
+    return len(monomials(2 * n_covariates + 1, 3))
 
 
 def rows() -> list[Row]:
-    return [
-        study_row(),
-        scaling_row("1e4 to 1e6 rows, more units", (1000, 10), (100_000, 10), 100, 0.5),
-        scaling_row("1e4 to 1e6 rows, more periods", (1000, 10), (1000, 1000), 100, 0.5),
-        scaling_row("1 to 4 covariates, 1e4 rows", (1000, 10, 1), (1000, 10, 4), 4, None),
-    ]
+    with threadpool_limits(1):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return [
+                study_row(),
+                error_row(10_000, 10),
+                scaling_row("1e4 to 1e5 rows, units", (1000, 10), (10_000, 10), 10, 0.5),
+                scaling_row("1e5 to 1e6 rows, units", (10_000, 10), (100_000, 10), 10, 0.5),
+                scaling_row("1e5 to 1e6 rows, periods", (1000, 100), (1000, 1000), 10, 0.5),
+                scaling_row(
+                    f"{features(1)} to {features(4)} features", (1000, 10, 1), (1000, 10, 4), features(4) / features(1),
+                    None,
+                ),
+            ]  # fmt: skip
+        finally:
+            torch.set_num_threads(threads)
