@@ -152,7 +152,7 @@ class PanelDML(BaseEstimator):
         elif folds.fold.shape[1] != len(panel.layout):
             raise ValueError(f"folds: expected {len(panel.layout)} rows, got {folds.fold.shape[1]}")
         elif any(row.unique().tolist() != list(range(len(folds))) for row in folds.fold):
-            raise ValueError(f"folds: expected rows in each of the folds 0 to {len(folds) - 1}, and in no others")
+            raise ValueError(f"folds: expected rows in each of the folds 0 to {len(folds) - 1}")
         if self.model == "irm":
             psi_a, psi_b, u, v = self._interactive(panel, folds)
         else:
