@@ -178,7 +178,7 @@ METHODS = (
     # panel
     Method("dml_panel", "Double machine learning for panels", "panel",
            "Causal effects under nonlinear confounding and fixed unobserved differences",
-           "Fuhr and Papies", "arXiv", 2024, "2409.01266"),
+           "Fuhr and Papies", "arXiv", 2024, "2409.01266", "ready"),
     # decisions
     Method("reward_weighting", "Dynamic reward weighting", "decisions",
            "Reward weights that follow what the policy can still learn", "Lu et al.", "arXiv", 2025, "2509.11452"),

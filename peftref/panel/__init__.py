@@ -1,0 +1,1 @@
+"""Causal effects from panel data: double machine learning with unobserved differences between units."""

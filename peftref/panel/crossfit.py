@@ -1,0 +1,144 @@
+r"""Polynomial ridge, cross-fitted over folds, repetitions, datasets and targets in a few batched operations.
+
+Features are built once, from rows already sorted into folds, and serve all targets; a target that may know only some of
+the variables takes its part of the same Gram matrices (:mod:`peftref.panel.gram`).
+
+A column for each unit ("dummies") is not built: its coefficient is eliminated first (eq-dml_panel-dummies),
+
+.. math:: c_i=\frac{t_{iy}-t_{if}^\top b-n_i\mu}{n_i+\alpha},
+
+where :math:`t_i` are the sums of the centred columns over the :math:`n_i` training rows of unit i, and what is left to
+solve, for :math:`\mu` and b, has the size of the features. A unit without training rows has :math:`c_i=0`.
+
+Everything works on any device, in float64.
+
+>>> z = torch.linspace(-1, 1, 40, dtype=torch.float64).view(1, 1, -1)
+>>> folds = Folds(torch.arange(40).view(1, -1) % 4, ~torch.eye(4, dtype=torch.bool))
+>>> predicted = crossfit(z, z**2, folds, PolynomialRidge(degree=2, alpha=1e-9))
+>>> float((predicted - z**2).abs().max()) < 1e-9
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .folds import Folds
+from .gram import Moments, by_fold, fit, inverse_times, moments, standardised
+from .ridge import PolynomialRidge, check_learner, monomials, polynomial, standardise
+
+__all__ = ["crossfit"]
+
+CHUNK = 1 << 22  # numbers in the features of one piece of a batch
+
+
+def crossfit(
+    z: Tensor, targets: Tensor, folds: Folds, learner: PolynomialRidge, *, uses: Sequence[Sequence[int]] | None = None,
+    unit: Tensor | None = None, linear: int = 0,
+) -> Tensor:  # fmt: skip
+    """Out-of-fold predictions of several targets, from features that are built once.
+
+    Args:
+        z: variables ``(B or 1, J, n)``, in float64.
+        targets: ``(B or 1, q, n)``.
+        folds: ``(B or 1, n)``: a split for each dataset, or several splits of one.
+        learner: degree and penalty.
+        uses: for each target the variables that predict it (all): all monomials of these only.
+        unit: codes ``(n,)``: a column for each unit besides, penalised like the others (eq-dml_panel-dummies).
+        linear: of the variables, so many at the end enter linearly.
+
+    Returns:
+        Predictions ``(B, q, n)``.
+
+    Raises:
+        ValueError: shapes that do not fit, or several penalties together with ``unit``.
+    """
+    alphas = check_learner(learner)
+    if unit is not None and len(alphas) > 1:
+        raise ValueError(f"alpha: expected one number where units have columns of their own, got {learner.alpha!r}")
+    sizes = {len(t) for t in (z, targets, folds.fold)} - {1}
+    if len(sizes) > 1 or len({t.shape[-1] for t in (z, targets, folds.fold)}) > 1:
+        shapes = [tuple(t.shape) for t in (z, targets, folds.fold)]
+        raise ValueError(f"z, targets, folds: expected (B or 1, J, n), (B or 1, q, n) and (B or 1, n), got {shapes}")
+    location, scale = standardise(z)
+    z = (z - location) / scale
+    exponents = monomials(z.shape[-2] - linear, learner.degree, learner.interactions, linear)
+    batch = max(sizes, default=1)
+    chunk = max(1, CHUNK // (len(exponents) * z.shape[-1]))
+    made = [
+        _crossfit(*(t if len(t) == 1 else t[i : i + chunk] for t in (z, targets, folds.fold)), folds.keep, exponents,
+                  alphas, uses, unit)
+        for i in range(0, batch, chunk)
+    ]  # fmt: skip
+    return torch.cat(made)
+
+
+def _crossfit(
+    z: Tensor, targets: Tensor, fold: Tensor, keep: Tensor, exponents: Tensor, alphas: list[float],
+    uses: Sequence[Sequence[int]] | None, unit: Tensor | None,
+) -> Tensor:  # fmt: skip
+    p, q = len(exponents), targets.shape[-2]
+    batch = max(len(z), len(targets), len(fold))
+    rows = torch.cat([t.expand(batch, -1, -1) for t in (z, targets)], -2)
+    sorted_rows, counts, place = by_fold(rows, fold.expand(batch, -1), len(keep))
+    z_sorted, y_sorted = sorted_rows.split((z.shape[-2], q), -2)
+    columns = polynomial(z_sorted, exponents, room=q)
+    columns[..., p:, :] = y_sorted
+    parts = moments(columns, counts)
+    features, predicted = columns[..., :p, :], columns.new_empty(*columns.shape[:-2], q, columns.shape[-1])
+    groups: dict[tuple, list[int]] = {}
+    for target in range(q):
+        groups.setdefault(tuple(uses[target]) if uses else tuple(range(z.shape[-2])), []).append(target)
+    for used, members in groups.items():
+        absent = [j for j in range(z.shape[-2]) if j not in used]
+        picked = (exponents[:, absent].sum(1) == 0).nonzero().squeeze(1).to(z.device)
+        whose = p + torch.tensor(members, device=z.device)
+        f = features if len(picked) == p else features[..., picked, :]
+        if unit is None:
+            slope, intercept = fit(parts, keep, picked, whose, alphas)
+            fitted = torch.baddbmm(
+                intercept.flatten(0, 1).unsqueeze(-1), slope.mT.flatten(0, 1), f.flatten(0, 1)
+            ).unflatten(0, f.shape[:2])
+        else:
+            code = by_fold(unit.expand(batch, 1, -1), fold.expand(batch, -1), len(keep))[0]
+            fitted = _fit_dummies(parts, keep, columns, f, code, picked, whose, alphas[0])
+        predicted[..., members, :] = fitted
+    # (B, K, q, m) -> (B, q, K m) -> the rows in their own order
+    return predicted.transpose(1, 2).flatten(2).gather(-1, place.unsqueeze(1).expand(-1, q, -1))
+
+
+def _fit_dummies(
+    parts: Moments, keep: Tensor, columns: Tensor, f: Tensor, code: Tensor, picked: Tensor, targets: Tensor,
+    alpha: float,
+) -> Tensor:  # fmt: skip
+    """Predictions ``(..., K, q, m)`` with a column for each unit; ``code`` is ``(..., K, 1, m)``, padded with 0."""
+    train = parts.kept(keep)
+    mean, scale, corr, cross = standardised(train, picked, targets)
+    size, p = int(code.max()) + 1, len(picked)
+    used = torch.cat((picked, targets))
+    filled = (torch.arange(code.shape[-1], device=code.device) < parts.n.unsqueeze(-1)).to(f.dtype).unsqueeze(-2)
+    rows = torch.cat((filled, columns[..., used, :]), -2)  # a column of ones, f and y; zeros behind the end of a fold
+    sums = rows.new_zeros(*rows.shape[:-1], size).scatter_add_(-1, code.expand_as(rows), rows)
+    sums = torch.einsum("kj,...jpi->...kpi", keep.to(rows.dtype), sums)  # (..., K, 1 + p + q, N) of the training rows
+    count, t = sums[..., 0, :], sums[..., 1:, :] - mean[..., used].unsqueeze(-1) * sums[..., :1, :]
+    t = torch.cat((count.unsqueeze(-2), t[..., :p, :] / scale.unsqueeze(-1), t[..., p:, :]), -2)  # centred and scaled
+    weight = torch.where(count > 0, 1 / (count + alpha).clamp(min=1e-300), 0.0).unsqueeze(-2)
+    # eq-dml_panel-dummies:  what eliminating the c_i takes from the normal equations of (mu, b)
+    taken = (t * weight) @ t.mT
+    a = -taken[..., : 1 + p, : 1 + p]
+    a[..., 0, 0] += train.n
+    a[..., 1:, 1:] += train.n[..., None, None] * corr + alpha * torch.eye(p, dtype=a.dtype, device=a.device)
+    right = -taken[..., : 1 + p, 1 + p :]
+    right[..., 1:, :] += cross
+    solution = inverse_times(a, right, 0.0) if alpha == 0 else torch.linalg.solve(a, right)
+    c = weight * (t[..., 1 + p :, :] - solution.mT @ t[..., : 1 + p, :])  # (..., K, q, N)
+    if alpha == 0:  # mu and the c_i are one too many: the limit of small alpha, where the c_i of trained units sum to 0
+        trained = (count > 0).to(c.dtype).unsqueeze(-2)
+        level = (c * trained).sum(-1) / trained.sum(-1)
+        c, solution[..., 0, :] = (c - level.unsqueeze(-1)) * trained, solution[..., 0, :] + level
+    slope = solution[..., 1:, :] / scale.unsqueeze(-1)
+    level = solution[..., 0, :] + mean[..., targets] - (slope * mean[..., picked].unsqueeze(-1)).sum(-2)
+    return slope.mT @ f + level.unsqueeze(-1) + c.gather(-1, code.expand(*c.shape[:-1], -1))

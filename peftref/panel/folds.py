@@ -1,0 +1,131 @@
+r"""Cross-fitting in a panel: which rows are predicted together, and which rows the prediction learns from.
+
+==============  ===========================================  =====================================================
+scheme          a fold holds                                 left out of its training besides
+==============  ===========================================  =====================================================
+``random``      rows at random                               nothing
+``unit``        all rows of some units                       nothing
+``period``      all rows of some periods, at random          nothing
+``time_block``  all rows of adjacent periods                 nothing
+``nlo``         the same ("neighbours left out")             the blocks before and after
+``product``     some units in some periods: K x K folds      every row of these units, every row of these periods
+==============  ===========================================  =====================================================
+
+The first five are Table 2 of Fuhr and Papies (2024); ``product`` serves two-way clustered inference (Chiang, Kato, Ma
+and Sasaki, 2022). All are one object: the fold of each row, and the table ``keep[k, j]`` of whether the rows of fold j
+train the model for fold k.
+
+>>> layout = Layout.of([0, 0, 1, 1, 2, 2], [0, 1, 0, 1, 0, 1])
+>>> make_folds(layout, 3, "unit", seed=1).fold  # one row, for one split
+tensor([[2, 2, 0, 0, 1, 1]])
+>>> make_folds(layout, 2, "time_block").keep
+tensor([[False,  True],
+        [ True, False]])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .layout import Layout
+
+__all__ = ["SCHEMES", "Folds", "make_folds"]
+
+SCHEMES = ("random", "unit", "period", "time_block", "nlo", "product")
+
+
+@dataclass(frozen=True, eq=False)
+class Folds:
+    """How rows are split, R times over.
+
+    Attributes:
+        fold: fold of each row, ``(R, n)``.
+        keep: ``(K, K)``; whether the rows of fold j train the model that predicts fold k.
+        scheme: name of the scheme.
+    """
+
+    fold: Tensor
+    keep: Tensor
+    scheme: str = "custom"
+
+    def __len__(self) -> int:
+        return len(self.keep)
+
+    def splits(self, repeat: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Positions of the training and of the test rows of each fold."""
+        fold = self.fold[repeat]
+        for k in range(len(self)):
+            yield self.keep[k][fold].nonzero().squeeze(1), (fold == k).nonzero().squeeze(1)
+
+    def select(self, rows: Tensor) -> Folds:
+        """The same split of some rows, given by their positions or a mask."""
+        return Folds(self.fold[:, rows], self.keep, self.scheme)
+
+    def to(self, device: torch.device | str) -> Folds:
+        """The same on a device."""
+        return Folds(self.fold.to(device), self.keep.to(device), self.scheme)
+
+
+def make_folds(layout: Layout, folds: int = 5, scheme: str = "unit", *, repeats: int = 1, seed: int = 0) -> Folds:
+    """Split the rows of a panel.
+
+    Args:
+        layout: of the rows.
+        folds: K >= 2; ``nlo`` needs 4 or more (the paper takes at least 10), ``product`` makes K x K.
+        scheme: of the table above.
+        repeats: R independent splits; those of ``time_block`` and ``nlo`` are all the same.
+        seed: of the random schemes.
+
+    Raises:
+        ValueError: an unknown scheme, too few folds, or more folds than there are rows, units or periods to share.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme: expected one of {', '.join(SCHEMES)}, got {scheme!r}")
+    least = 4 if scheme == "nlo" else 2
+    if not isinstance(folds, int) or folds < least:
+        raise ValueError(f"folds: expected an integer >= {least} for the scheme {scheme!r}, got {folds!r}")
+    if not isinstance(repeats, int) or repeats < 1:
+        raise ValueError(f"repeats: expected an integer >= 1, got {repeats!r}")
+    shared = {"random": {"rows": len(layout)}, "unit": {"units": layout.n_units}}
+    shared |= {"product": {"units": layout.n_units, "periods": layout.n_periods}}
+    for what, size in shared.get(scheme, {"periods": layout.n_periods}).items():
+        if size < folds:
+            raise ValueError(f"folds: expected no more than the {size} {what} that {scheme!r} shares out, got {folds}")
+    rng = np.random.default_rng((seed, 1))  # a stream of its own: not that of data simulated with the same seed
+
+    def deal(size: int) -> Tensor:
+        """``(R, size)``: K shares as equal as can be, at random."""
+        dealt = np.tile(np.arange(size) % folds, (repeats, 1))
+        return torch.from_numpy(rng.permuted(dealt, axis=1))
+
+    apart = ~torch.eye(folds, dtype=torch.bool)
+    units, periods = layout.unit.cpu(), layout.time.cpu()
+    if scheme == "random":
+        fold, keep = deal(len(layout)), apart
+    elif scheme == "unit":
+        fold, keep = deal(layout.n_units)[:, units], apart
+    elif scheme == "period":
+        fold, keep = deal(layout.n_periods)[:, periods], apart
+    elif scheme == "product":
+        fold = deal(layout.n_units)[:, units] * folds + deal(layout.n_periods)[:, periods]
+        keep = (apart[:, None, :, None] & apart[None, :, None, :]).reshape(folds**2, folds**2)
+    else:
+        block = torch.arange(layout.n_periods) * folds // layout.n_periods
+        fold = block[periods].expand(repeats, -1)
+        apart_by = (torch.arange(folds)[:, None] - torch.arange(folds)).abs()
+        keep = apart_by > (1 if scheme == "nlo" else 0)
+    _no_empty_fold(fold, keep, scheme)
+    return Folds(fold, keep, scheme).to(layout.unit.device)
+
+
+def _no_empty_fold(fold: Tensor, keep: Tensor, scheme: str) -> None:
+    sizes = torch.stack([row.bincount(minlength=len(keep)) for row in fold])
+    if not (sizes > 0).all():
+        raise ValueError(f"folds: expected rows in each fold, but the scheme {scheme!r} leaves some empty; take fewer")
+    if not (sizes.double() @ keep.double().T > 0).all():
+        raise ValueError(f"folds: expected training rows for each fold, but {scheme!r} leaves none; take more folds")

@@ -1,0 +1,130 @@
+r"""Ridge regression from cross-products: all models of a cross-fit, from one pass over the data.
+
+Let :math:`w_r` hold the features f and the targets y of row r. Fold j has the count :math:`n_j`, the sums
+:math:`s_j=\sum_{r\in j}w_r` and the Gram matrix :math:`G_j=\sum_{r\in j}w_rw_r^\top`; what trains the model of fold k
+is the sum of those it keeps (eq-dml_panel-gram),
+
+.. math:: (n,s,G)_{(k)}=\sum_j\text{keep}_{kj}\,(n,s,G)_j ,
+
+so the data are read once, not once for each fold. With means :math:`m=s/n`, covariances :math:`C=G/n-mm^\top` and
+scales :math:`\sigma^2=\mathrm{diag}\,C_{ff}` the model is (eq-dml_panel-ridge)
+
+.. math:: b=\bigl(n\,\sigma^{-1}C_{ff}\,\sigma^{-1}+\alpha I\bigr)^{-1}n\,\sigma^{-1}C_{fy},\qquad
+          \hat y=m_y+(f-m_f)^\top\sigma^{-1}b .
+
+That is ridge regression on features that are standardised on the training rows, with a free intercept. Of several
+penalties each model takes the one that predicts best when the folds it keeps are left out in turn, so tuning follows
+the outer scheme; the errors too are read off the Gram matrices.
+
+>>> rows = torch.tensor([[[0.0, 1.0, 2.0, 3.0], [1.0, 3.0, 5.0, 7.0]]], dtype=torch.float64)  # f, and y = 1 + 2 f
+>>> columns, counts, _ = by_fold(rows, torch.tensor([[0, 0, 1, 1]]), 2)
+>>> apart, one = ~torch.eye(2, dtype=torch.bool), torch.tensor([1])
+>>> slope, intercept = fit(moments(columns, counts), apart, one - 1, one, [0.0])
+>>> slope.flatten().round(decimals=6), intercept.flatten().round(decimals=6)
+(tensor([2., 2.], dtype=torch.float64), tensor([1., 1.], dtype=torch.float64))
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Moments", "by_fold", "fit", "inverse_times", "moments", "standardised"]
+
+
+class Moments(NamedTuple):
+    """Counts ``(..., K)``, sums ``(..., K, P)`` and Gram matrices ``(..., K, P, P)`` of the columns in each fold."""
+
+    n: Tensor
+    s: Tensor
+    g: Tensor
+
+    def kept(self, keep: Tensor) -> Moments:
+        # eq-dml_panel-gram:  (n, s, G)_(k) = sum_j keep_kj (n, s, G)_j
+        keep = keep.to(self.g.dtype)
+        return Moments(self.n @ keep.T, keep @ self.s, torch.einsum("kj,...jpq->...kpq", keep, self.g))
+
+
+def by_fold(rows: Tensor, fold: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows ``(B, P, n)`` sorted into folds ``(B, K, P, m)``, zeros behind; the counts, and where each row went."""
+    batch, n = fold.shape
+    counts = torch.zeros(batch, k, dtype=torch.long, device=fold.device).scatter_add_(1, fold, torch.ones_like(fold))
+    m = int(counts.max())
+    order = fold.argsort(dim=1, stable=True)
+    start = counts.cumsum(1) - counts
+    sorted_fold = fold.gather(1, order)
+    slot = sorted_fold * m + torch.arange(n, device=fold.device) - start.gather(1, sorted_fold)
+    place = torch.empty_like(slot).scatter_(1, order, slot)
+    full = bool((counts == m).all())
+    source = torch.full((batch, k * m), 0 if full else n, device=fold.device).scatter_(1, slot, order)
+    rows = rows if full else torch.nn.functional.pad(rows, (0, 1))  # a row of zeros to fill up with
+    index = source.view(batch, k, 1, m).expand(-1, -1, rows.shape[1], -1)
+    return rows.unsqueeze(1).expand(-1, k, -1, -1).gather(-1, index), counts, place
+
+
+def moments(columns: Tensor, counts: Tensor) -> Moments:
+    flat = columns.flatten(0, 1)
+    gram = torch.bmm(flat, flat.mT).unflatten(0, columns.shape[:2])
+    return Moments(counts.to(columns.dtype), columns.sum(-1), gram)
+
+
+def fit(parts: Moments, keep: Tensor, columns: Tensor, targets: Tensor, alphas: list[float]) -> tuple[Tensor, Tensor]:
+    """Slopes ``(..., K, p, q)`` and intercepts ``(..., K, q)``, each at the best of the penalties."""
+    fits = [_solve(parts.kept(keep), columns, targets, alpha) for alpha in alphas]
+    if len(alphas) == 1:
+        return fits[0]
+    # Inner folds: those that a model keeps. Model (k, j) learns what k and j both keep, and is judged on fold j.
+    error = torch.stack([_inner_error(parts, keep, columns, targets, alpha) for alpha in alphas])  # (A, ..., K, q)
+    best = error.argmin(0, keepdim=True)
+    slopes, intercepts = (torch.stack(t) for t in zip(*fits, strict=True))
+    slope = slopes.gather(0, best.unsqueeze(-2).expand(1, *slopes.shape[1:]))
+    return slope.squeeze(0), intercepts.gather(0, best).squeeze(0)
+
+
+def _inner_error(parts: Moments, keep: Tensor, columns: Tensor, targets: Tensor, alpha: float) -> Tensor:
+    """Sum over the folds that each model keeps of the squared errors when that fold is left out, ``(..., K, q)``."""
+    k, device = keep.shape[1], keep.device
+    outer, inner = keep.nonzero(as_tuple=True)
+    apart = keep if len(keep) == k else ~torch.eye(k, dtype=torch.bool, device=device)
+    trained = keep[outer] & apart[inner]
+    if not trained.any(1).all():
+        raise ValueError("alpha: expected enough folds to leave one out of each training set and learn from the rest")
+    slope, intercept = _solve(parts.kept(trained), columns, targets, alpha)
+    n, s, g = (t.index_select(1, inner) for t in parts)
+    gff, gfy, gyy = g[..., columns[:, None], columns], g[..., columns[:, None], targets], g[..., targets, targets]
+    sf, sy = s[..., columns], s[..., targets]
+    # sum (y - a - f'b)^2, with a = intercept and b = slope
+    quadratic = (slope * (gff @ slope)).sum(-2)
+    cross = (slope * (gfy - sf.unsqueeze(-1) * intercept.unsqueeze(-2))).sum(-2)
+    error = gyy + quadratic + n.unsqueeze(-1) * intercept.square() - 2 * cross - 2 * intercept * sy
+    return error.new_zeros(*error.shape[:-2], len(keep), error.shape[-1]).index_add_(-2, outer, error)
+
+
+def _solve(train: Moments, columns: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    mean, scale, corr, cross = standardised(train, columns, targets)
+    b = inverse_times(train.n[..., None, None] * corr, cross, alpha)
+    # eq-dml_panel-ridge:  b = (n R + alpha I)^-1 n c;  y = m_y + (f - m_f)' b / sigma
+    slope = b / scale.unsqueeze(-1)
+    intercept = mean[..., targets] - (slope * mean[..., columns].unsqueeze(-1)).sum(-2)
+    return slope, intercept
+
+
+def standardised(train: Moments, columns: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Means, scales, the features' correlations, and n times their standardised covariances with the targets."""
+    n = train.n[..., None, None]
+    mean = train.s / train.n.unsqueeze(-1)
+    cov = train.g / n - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+    variance = cov.diagonal(dim1=-2, dim2=-1)[..., columns]
+    flat = variance <= 1e-13 * (train.g.diagonal(dim1=-2, dim2=-1)[..., columns] / train.n.unsqueeze(-1))
+    scale = torch.where(flat, 1.0, variance.clamp(min=0)).sqrt()
+    corr = cov[..., columns[:, None], columns] / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
+    return mean, scale, corr, n * cov[..., columns[:, None], targets] / scale.unsqueeze(-1)
+
+
+def inverse_times(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    if alpha > 0:
+        ridge = a + alpha * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+        return torch.cholesky_solve(b, torch.linalg.cholesky(ridge))
+    return torch.linalg.pinv(a, hermitian=True, rtol=1e-11) @ b  # features that repeat each other share a coefficient

@@ -1,0 +1,164 @@
+r"""What all estimators share: the rows of a panel in one order, and means, demeaning and differences over its units.
+
+A :class:`Layout` says which unit and which period each row belongs to; variables are float64 tensors whose last
+dimension is the rows, with any batch dimensions (datasets, repetitions) in front. Covariates have one more dimension at
+the end, ``(..., n, J)``. No function loops over units, and none builds a matrix of rows by units.
+
+The within transformation takes the mean of each unit away (eq-dml_panel-within),
+
+.. math:: \ddot a_{it}=a_{it}-\bar a_i,\qquad\bar a_i=\tfrac1{T_i}\sum_ta_{it},
+
+and with ``twoway`` also those of the periods: in a balanced panel
+:math:`a_{it}-\bar a_i-\bar a_t+\bar a`, in others by projecting on units and on periods in turn until nothing moves.
+
+>>> layout = Layout.of(["b", "a", "a", "b"], [2, 1, 2, 1])
+>>> layout.order, layout.unit  # rows sorted by unit and period, and the unit of each
+(tensor([1, 2, 3, 0]), tensor([0, 0, 1, 1]))
+>>> y = torch.tensor([1.0, 3.0, 10.0, 20.0], dtype=torch.float64)
+>>> means(y, layout.unit)
+tensor([ 2.,  2., 15., 15.], dtype=torch.float64)
+>>> within(y, layout)
+tensor([-1.,  1., -5.,  5.], dtype=torch.float64)
+>>> now, before = layout.consecutive()
+>>> y[now] - y[before]
+tensor([ 2., 10.], dtype=torch.float64)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+__all__ = ["Layout", "group_sums", "means", "within"]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Which unit and period each row of a panel belongs to; rows are sorted by unit, then period.
+
+    Attributes:
+        unit, time: codes 0, 1, ... of each row, ``(n,)``, in the order of the sorted labels.
+        order: where each row stood in the caller's data, ``(n,)``.
+        n_units, n_periods: numbers of different units and periods.
+    """
+
+    unit: Tensor
+    time: Tensor
+    order: Tensor
+    n_units: int
+    n_periods: int
+
+    @classmethod
+    def of(cls, unit: Any, time: Any) -> Layout:
+        """The layout of two columns of labels (of any sortable type).
+
+        Raises:
+            ValueError: columns of unequal length, missing labels, or two rows of one unit in one period.
+        """
+        if len(unit) != len(time) or len(unit) == 0:
+            raise ValueError(f"unit, time: expected equal, positive lengths, got {len(unit)} and {len(time)}")
+        codes = {}
+        for name, labels in (("unit", unit), ("time", time)):
+            labels = pd.Series(np.asarray(labels) if isinstance(labels, (list, tuple)) else labels)
+            if labels.isna().any():
+                raise ValueError(f"{name}: expected no missing labels, got {int(labels.isna().sum())}")
+            codes[name] = torch.from_numpy(pd.factorize(labels, sort=True)[0].astype(np.int64))
+        u, t = codes["unit"], codes["time"]
+        key = u * (int(t.max()) + 1) + t
+        key, order = key.sort(stable=True)
+        if len(twice := order[1:][key[1:] == key[:-1]]):
+            where = int(twice[0])
+            raise ValueError(
+                f"unit, time: expected one row for each unit and period, got several for unit {_label(unit, where)!r}, "
+                f"period {_label(time, where)!r}"
+            )
+        return cls(u[order], t[order], order, int(u.max()) + 1, int(t.max()) + 1)
+
+    def __len__(self) -> int:
+        return len(self.unit)
+
+    @property
+    def balanced(self) -> bool:
+        """Whether every unit has a row in every period."""
+        return len(self) == self.n_units * self.n_periods
+
+    def select(self, rows: Tensor) -> Layout:
+        """The layout of some rows (a mask ``(n,)``), with units and periods that have none left taken out."""
+        unit, time = (torch.unique(t[rows], return_inverse=True)[1] for t in (self.unit, self.time))
+        return Layout(unit, time, self.order[rows], _count(unit), _count(time))
+
+    def counts(self) -> Tensor:
+        """Number of rows of each unit, ``(n_units,)``."""
+        return self.unit.bincount(minlength=self.n_units)
+
+    def consecutive(self) -> tuple[Tensor, Tensor]:
+        """Positions of the rows with a row of the same unit one period earlier, and of those earlier rows.
+
+        One period is one step among all periods that occur, so a gap in a unit is not differenced across.
+        """
+        follows = (self.unit[1:] == self.unit[:-1]) & (self.time[1:] == self.time[:-1] + 1)
+        now = follows.nonzero().squeeze(1) + 1
+        return now, now - 1
+
+    def to(self, device: torch.device | str) -> Layout:
+        """The same on a device."""
+        return Layout(
+            self.unit.to(device), self.time.to(device), self.order.to(device), self.n_units, self.n_periods
+        )
+
+
+def group_sums(a: Tensor, group: Tensor, size: int, dim: int = -1) -> Tensor:
+    """Sums of ``a`` along ``dim`` over rows with the same code: that dimension becomes ``size``."""
+    shape = list(a.shape)
+    shape[dim] = size
+    return a.new_zeros(shape).index_add_(dim, group, a)
+
+
+def means(a: Tensor, group: Tensor, dim: int = -1) -> Tensor:
+    """For each row the mean over its group, in the shape of ``a``; ``dim`` is that of the rows."""
+    size = _count(group)
+    each = len(group) // max(size, 1)
+    if dim == -1 and torch.equal(group, torch.arange(size, device=group.device).repeat_interleave(each)):
+        # the units of a balanced panel: a mean of equal blocks is three times as fast
+        return a.unflatten(-1, (size, each)).mean(-1, keepdim=True).expand(*a.shape[:-1], size, each).flatten(-2)
+    counts = group.bincount(minlength=size).to(a.dtype)
+    if dim == -2:
+        counts = counts.unsqueeze(-1)
+    return (group_sums(a, group, size, dim) / counts).index_select(dim, group)
+
+
+def within(a: Tensor, layout: Layout, twoway: bool = False, dim: int = -1, tol: float = 1e-12) -> Tensor:
+    """Subtract the mean of each unit, and with ``twoway`` the effects of the periods too (eq-dml_panel-within).
+
+    Args:
+        a: ``(..., n)``, or ``(..., n, J)`` with ``dim=-2``.
+        layout: of the rows.
+        twoway: units and periods.
+        dim: the dimension of the rows.
+        tol: of the alternating projections in an unbalanced panel, relative to the largest entry of ``a``.
+    """
+    result = a - means(a, layout.unit, dim)
+    if not twoway or not a.numel():
+        return result
+    for _ in range(10_000):
+        step = means(result, layout.time, dim)
+        result = result - step
+        if layout.balanced:
+            return result  # the two projections commute: once is all
+        result = result - means(result, layout.unit, dim)
+        if step.abs().max() <= tol * a.abs().max():
+            break
+    return result
+
+
+def _count(codes: Tensor) -> int:
+    return int(codes.max()) + 1 if len(codes) else 0
+
+
+def _label(labels: Any, i: int) -> Any:
+    return labels.iloc[i] if hasattr(labels, "iloc") else labels[i]

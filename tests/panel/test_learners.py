@@ -1,0 +1,165 @@
+"""Cross-fitting with any learner: equal to loops, nested tuning on the outer folds, nothing of the user's changed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from sklearn.base import BaseEstimator, RegressorMixin, clone
+from sklearn.ensemble import GradientBoostingRegressor
+from sklearn.linear_model import LassoCV, LinearRegression, LogisticRegression, Ridge
+from sklearn.model_selection import GridSearchCV, KFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from peftref.panel.folds import make_folds
+from peftref.panel.layout import Layout
+from peftref.panel.learners import crossfit_sklearn, follow_folds
+
+LAYOUT = Layout.of(np.repeat(np.arange(20), 6), np.tile(np.arange(6), 20))
+
+
+def data(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = np.random.default_rng(seed)
+    z = rng.normal(size=(1, 3, 120))
+    y = z[:, 0] ** 2 + z[:, 1] + 0.1 * rng.normal(size=(1, 120))
+    w = (z[:, 2] + rng.normal(size=(1, 120)) > 0) * 1.0
+    return torch.from_numpy(z), torch.from_numpy(np.stack((y, w), 1))
+
+
+class Spy(RegressorMixin, BaseEstimator):
+    """Notes what it is fitted on; predicts the mean."""
+
+    seen: list = []
+
+    def __init__(self, level: float = 1.0) -> None:
+        self.level = level
+
+    def fit(self, x, y):
+        Spy.seen.append(x)
+        self.mean_ = self.level * y.mean()
+        return self
+
+    def predict(self, x):
+        return np.full(x.shape[0], self.mean_)
+
+
+@pytest.fixture(autouse=True)
+def forget() -> None:
+    Spy.seen = []
+
+
+@pytest.mark.parametrize("scheme", ["random", "unit", "nlo", "product"])
+def test_equals_loops(scheme: str) -> None:
+    z, targets = data()
+    folds = make_folds(LAYOUT, 4 if scheme == "nlo" else 3, scheme, repeats=2, seed=1)
+    learners = [GradientBoostingRegressor(n_estimators=5, random_state=0), Ridge(0.5)]
+    found = crossfit_sklearn(z, targets, folds, learners, uses=[[0, 1], [2, 0]])
+    for r in range(2):
+        for train, test in folds.splits(r):
+            for t, columns in enumerate(([0, 1], [2, 0])):
+                x = z[0, columns].T.numpy()
+                model = clone(learners[t]).fit(x[train], targets[0, t, train].numpy())
+                assert np.allclose(found[r, t, test], model.predict(x[test]), rtol=0, atol=1e-12)
+
+
+def test_targets_of_each_repetition() -> None:
+    z, targets = data()
+    folds = make_folds(LAYOUT, 3, "unit", repeats=2)
+    both = torch.cat((targets, 3 * targets))
+    found = crossfit_sklearn(z, both, folds, [LinearRegression()] * 2)
+    once = crossfit_sklearn(z, targets, folds, [LinearRegression()] * 2)
+    assert torch.allclose(found[0], once[0]) and torch.allclose(found[1], 3 * once[1])
+
+
+def test_a_classifier_predicts_probabilities() -> None:
+    z, targets = data()
+    folds = make_folds(LAYOUT, 3, "unit")
+    found = crossfit_sklearn(z, targets[:, 1:], folds, [LogisticRegression()])
+    assert ((found > 0) & (found < 1)).all() and found.unique().numel() > 60
+    with pytest.raises(ValueError, match="^w: expected zeros and ones in the training rows of fold"):
+        crossfit_sklearn(z, torch.ones_like(targets[:, 1:]), folds, [LogisticRegression()])
+
+
+def test_only_the_rows_allowed() -> None:
+    z, targets = data()
+    folds, treated = make_folds(LAYOUT, 3, "unit"), targets[0, 1] == 1
+    found = crossfit_sklearn(z, targets[:, :1], folds, [LinearRegression()], within=[treated])
+    train, test = next(folds.splits())
+    rows = train[treated[train]]
+    model = LinearRegression().fit(z[0].T[rows], targets[0, 0, rows])
+    assert np.allclose(found[0, 0, test], model.predict(z[0].T[test]))
+    with pytest.raises(ValueError, match="expected training rows for fold"):
+        crossfit_sklearn(z, targets[:, :1], folds, [LinearRegression()], within=[torch.zeros(120, dtype=torch.bool)])
+
+
+@pytest.mark.parametrize(
+    "learner",
+    [
+        LassoCV(),
+        GridSearchCV(Ridge(), {"alpha": [0.1, 10.0]}),
+        make_pipeline(StandardScaler(), GridSearchCV(Ridge(), {"alpha": [0.1, 10.0]}, cv=7)),
+    ],
+    ids=["LassoCV", "GridSearchCV", "in a pipeline"],
+)
+def test_inner_folds_keep_units_together(learner) -> None:
+    folds = make_folds(LAYOUT, 4, "unit")
+    train, _ = next(folds.splits())
+    model = follow_folds(clone(learner), folds.fold[0, train].numpy())
+    ((name, inner),) = [(k, v) for k, v in model.get_params().items() if k.split("__")[-1] == "cv"]
+    units = LAYOUT.unit[train].numpy()
+    assert len(inner) == 3 and all(not set(units[a]) & set(units[b]) for a, b in inner)
+    assert sorted(np.concatenate([b for _, b in inner])) == list(range(len(train)))
+    assert learner.get_params()[name] in (None, 7)  # the user's learner is as it was
+
+
+def test_inner_folds_are_used_in_the_fit() -> None:
+    z, targets = data()
+    folds = make_folds(LAYOUT, 4, "unit")
+    found = crossfit_sklearn(z, targets[:, :1], folds, [GridSearchCV(Spy(), {"level": [0.5, 1.0]})])
+    assert torch.isfinite(found).all()
+    per_fold = 2 * 3 + 1  # two settings on three inner folds, and the best on all
+    assert len(Spy.seen) == 4 * per_fold
+    assert {len(x) for x in Spy.seen} == {90, 60}  # three folds, and two of them
+
+
+def test_a_splitter_of_the_users_own_is_left_alone() -> None:
+    learner = GridSearchCV(Ridge(), {"alpha": [1.0]}, cv=KFold(5))
+    assert follow_folds(learner, np.arange(10) % 3).cv is learner.cv and isinstance(learner.cv, KFold)
+    assert follow_folds(Ridge(), np.zeros(3)).get_params() == Ridge().get_params()
+    with pytest.raises(ValueError, match="^folds: expected at least 3"):
+        follow_folds(LassoCV(), np.zeros(10))
+
+
+def test_columns_of_units_stay_sparse() -> None:
+    z, targets = data()
+    crossfit_sklearn(z, targets[:, :1], make_folds(LAYOUT, 3, "random"), [Spy()], unit=LAYOUT.unit)
+    assert len(Spy.seen) == 3 and all(scipy.sparse.issparse(x) and x.shape[1] == 3 + 20 for x in Spy.seen)
+    assert all((x[:, 3:].sum(1) == 1).all() for x in Spy.seen)
+
+
+def test_the_learner_given_is_never_fitted_and_inputs_stay() -> None:
+    z, targets = data()
+    before, learner = (z.clone(), targets.clone()), LinearRegression()
+    crossfit_sklearn(z, targets, make_folds(LAYOUT, 3, "unit"), [learner, learner])
+    assert not hasattr(learner, "coef_") and torch.equal(z, before[0]) and torch.equal(targets, before[1])
+
+
+def test_workers_change_nothing() -> None:
+    z, targets = data()
+    folds = make_folds(LAYOUT, 3, "unit")
+    one, two = (crossfit_sklearn(z, targets, folds, [Ridge(), Ridge()], n_jobs=n) for n in (None, 2))
+    assert torch.equal(one, two)
+
+
+def test_predictions_must_be_finite() -> None:
+    z, targets = data()
+    with pytest.raises(ValueError, match="^learner: expected finite predictions, got others from Spy"):
+        crossfit_sklearn(z, targets[:, :1], make_folds(LAYOUT, 3, "unit"), [Spy(level=np.inf)])
+
+
+def test_batches_of_datasets_are_refused() -> None:
+    z, targets = data()
+    with pytest.raises(ValueError, match="^z, targets: expected batches of 1"):
+        crossfit_sklearn(z.expand(2, -1, -1), targets, make_folds(LAYOUT, 3, "unit"), [Ridge()] * 2)

@@ -1,0 +1,69 @@
+"""The learner as scikit-learn sees it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import PolynomialFeatures, StandardScaler
+
+from peftref.panel.ridge import PolynomialRidge
+
+
+def data(n: int = 83) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    x = rng.normal(5, 2, size=(n, 2))
+    return x, x[:, 0] ** 2 - x[:, 1] + rng.normal(size=n)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 20.0])
+@pytest.mark.parametrize("degree", [1, 2, 3])
+def test_equals_its_parts(degree: int, alpha: float) -> None:
+    x, y = data()
+    parts = (StandardScaler(), PolynomialFeatures(degree, include_bias=False), StandardScaler(), Ridge(alpha))
+    ours, peer = PolynomialRidge(degree, alpha).fit(x, y), make_pipeline(*parts).fit(x, y)
+    new = data(200)[0]
+    assert np.allclose(ours.predict(new), peer.predict(new), rtol=0, atol=1e-8)
+
+
+def test_several_penalties_are_compared_on_five_folds() -> None:
+    x, y = data()
+    y = y + 20 * np.random.default_rng(1).normal(size=len(y))
+    alphas, fold, errors = [0.01, 10.0, 1000.0], np.arange(len(y)) % 5, []
+    z = StandardScaler().fit_transform(x)
+    for alpha in alphas:
+        peer = make_pipeline(PolynomialFeatures(2, include_bias=False), StandardScaler(), Ridge(alpha))
+        errors.append(sum(((peer.fit(z[fold != j], y[fold != j]).predict(z[fold == j]) - y[fold == j]) ** 2).sum()
+                          for j in range(5)))  # fmt: skip
+    best = alphas[int(np.argmin(errors))]
+    found = PolynomialRidge(2, alphas).fit(x, y).predict(x)
+    assert np.allclose(found, PolynomialRidge(2, best).fit(x, y).predict(x)) and best != alphas[0]
+
+
+def test_conventions() -> None:
+    x, y = data()
+    model = PolynomialRidge(degree=2, alpha=[1.0, 2.0], interactions=False)
+    assert clone(model).get_params() == {"degree": 2, "alpha": [1.0, 2.0], "interactions": False}
+    assert model.fit(x, y) is model and model.n_features_in_ == 2 and model.score(x, y) > 0.9
+    search = GridSearchCV(PolynomialRidge(), {"degree": [1, 2], "alpha": [0.1, 100.0]}).fit(x, y)
+    assert search.best_params_ == {"degree": 2, "alpha": 0.1}
+
+
+def test_inputs_stay_and_float32_is_widened() -> None:
+    x, y = data()
+    before = x.copy(), y.copy()
+    wide = PolynomialRidge().fit(x, y).predict(x)
+    assert np.array_equal(x, before[0]) and np.array_equal(y, before[1])
+    narrow = PolynomialRidge().fit(x.astype(np.float32), y.astype(np.float32)).predict(x.astype(np.float32))
+    assert narrow.dtype == np.float64 and np.allclose(narrow, wide, rtol=1e-4)
+
+
+def test_bad_input() -> None:
+    x, y = data()
+    with pytest.raises(ValueError, match="^X, y: expected shapes"):
+        PolynomialRidge().fit(x, y[:5])
+    with pytest.raises(ValueError, match="^alpha: expected a number >= 0, or several, got -1"):
+        PolynomialRidge(alpha=-1).fit(x, y)
