@@ -1,7 +1,8 @@
 r"""Polynomial ridge, cross-fitted over folds, repetitions, datasets and targets in a few batched operations.
 
 Features are built once, from rows already sorted into folds, and serve all targets; a target that may know only some of
-the variables takes its part of the same Gram matrices (:mod:`peftref.panel.gram`).
+the variables takes its part of the same Gram matrices (:mod:`peftref.panel.gram`). Variables are standardised on all
+rows before, features on the training rows after; no target is seen before its fold's turn.
 
 A column for each unit ("dummies") is not built: its coefficient is eliminated first (eq-dml_panel-dummies),
 
@@ -27,10 +28,10 @@ import torch
 from torch import Tensor
 
 from .folds import Folds
-from .gram import Moments, by_fold, fit, inverse_times, moments, standardised
+from .gram import Moments, by_fold, fit, moments, standardised
 from .ridge import PolynomialRidge, check_learner, monomials, polynomial, standardise
 
-__all__ = ["crossfit"]
+__all__ = ["check_shapes", "crossfit"]
 
 CHUNK = 1 << 22  # numbers in the features of one piece of a batch
 
@@ -42,7 +43,7 @@ def crossfit(
     """Out-of-fold predictions of several targets, from features that are built once.
 
     Args:
-        z: variables ``(B or 1, J, n)``, in float64.
+        z: variables ``(B or 1, J, n)``.
         targets: ``(B or 1, q, n)``.
         folds: ``(B or 1, n)``: a split for each dataset, or several splits of one.
         learner: degree and penalty.
@@ -54,17 +55,17 @@ def crossfit(
         Predictions ``(B, q, n)``.
 
     Raises:
-        ValueError: shapes that do not fit, or several penalties together with ``unit``.
+        ValueError: shapes that do not fit, several penalties together with ``unit``, or a fold without training rows.
     """
     alphas = check_learner(learner)
     if unit is not None and len(alphas) > 1:
         raise ValueError(f"alpha: expected one number where units have columns of their own, got {learner.alpha!r}")
-    sizes = {len(t) for t in (z, targets, folds.fold)} - {1}
-    if len(sizes) > 1 or len({t.shape[-1] for t in (z, targets, folds.fold)}) > 1:
-        shapes = [tuple(t.shape) for t in (z, targets, folds.fold)]
-        raise ValueError(f"z, targets, folds: expected (B or 1, J, n), (B or 1, q, n) and (B or 1, n), got {shapes}")
+    sizes = check_shapes(z, targets, folds, uses, unit, linear)
+    z, targets = z.double(), targets.double()
     location, scale = standardise(z)
     z = (z - location) / scale
+    level = targets.mean(-1, keepdim=True)  # the Gram matrix of y itself would lose the digits that y varies in
+    targets = targets - level
     exponents = monomials(z.shape[-2] - linear, learner.degree, learner.interactions, linear)
     batch = max(sizes, default=1)
     chunk = max(1, CHUNK // (len(exponents) * z.shape[-1]))
@@ -73,7 +74,26 @@ def crossfit(
                   alphas, uses, unit)
         for i in range(0, batch, chunk)
     ]  # fmt: skip
-    return torch.cat(made)
+    return torch.cat(made) + level
+
+
+def check_shapes(
+    z: Tensor, targets: Tensor, folds: Folds, uses: Sequence[Sequence[int]] | None, unit: Tensor | None, linear: int
+) -> set[int]:
+    """The size of the batch, if not 1."""
+    shapes = [tuple(t.shape) for t in (z, targets, folds.fold)]
+    sizes = {len(t) for t in (z, targets, folds.fold)} - {1}
+    if z.ndim != 3 or targets.ndim != 3 or len(sizes) > 1 or len({shape[-1] for shape in shapes}) > 1:
+        raise ValueError(f"z, targets, folds: expected (B or 1, J, n), (B or 1, q, n) and (B or 1, n), got {shapes}")
+    _, j, n = z.shape
+    if not 0 <= linear <= j:
+        raise ValueError(f"linear: expected 0 to {j} variables, got {linear}")
+    if unit is not None and unit.shape != (n,):
+        raise ValueError(f"unit: expected codes of shape ({n},), got {tuple(unit.shape)}")
+    q = targets.shape[1]
+    if uses is not None and (len(uses) != q or not all(0 <= i < j for used in uses for i in used)):
+        raise ValueError(f"uses: expected {q} sequences of numbers from 0 to {j - 1}, got {uses}")
+    return sizes
 
 
 def _crossfit(
@@ -88,6 +108,9 @@ def _crossfit(
     columns = polynomial(z_sorted, exponents, room=q)
     columns[..., p:, :] = y_sorted
     parts = moments(columns, counts)
+    if not ((counts.double() @ keep.T.double() > 0) | (counts == 0)).all():
+        raise ValueError("folds: expected training rows for each fold, got none")
+    code = None if unit is None else by_fold(unit.expand(batch, 1, -1), fold.expand(batch, -1), len(keep))[0]
     features, predicted = columns[..., :p, :], columns.new_empty(*columns.shape[:-2], q, columns.shape[-1])
     groups: dict[tuple, list[int]] = {}
     for target in range(q):
@@ -97,13 +120,12 @@ def _crossfit(
         picked = (exponents[:, absent].sum(1) == 0).nonzero().squeeze(1).to(z.device)
         whose = p + torch.tensor(members, device=z.device)
         f = features if len(picked) == p else features[..., picked, :]
-        if unit is None:
+        if code is None:
             slope, intercept = fit(parts, keep, picked, whose, alphas)
             fitted = torch.baddbmm(
                 intercept.flatten(0, 1).unsqueeze(-1), slope.mT.flatten(0, 1), f.flatten(0, 1)
             ).unflatten(0, f.shape[:2])
         else:
-            code = by_fold(unit.expand(batch, 1, -1), fold.expand(batch, -1), len(keep))[0]
             fitted = _fit_dummies(parts, keep, columns, f, code, picked, whose, alphas[0])
         predicted[..., members, :] = fitted
     # (B, K, q, m) -> (B, q, K m) -> the rows in their own order
@@ -129,16 +151,32 @@ def _fit_dummies(
     # eq-dml_panel-dummies:  what eliminating the c_i takes from the normal equations of (mu, b)
     taken = (t * weight) @ t.mT
     a = -taken[..., : 1 + p, : 1 + p]
-    a[..., 0, 0] += train.n
     a[..., 1:, 1:] += train.n[..., None, None] * corr + alpha * torch.eye(p, dtype=a.dtype, device=a.device)
     right = -taken[..., : 1 + p, 1 + p :]
     right[..., 1:, :] += cross
-    solution = inverse_times(a, right, 0.0) if alpha == 0 else torch.linalg.solve(a, right)
-    c = weight * (t[..., 1 + p :, :] - solution.mT @ t[..., : 1 + p, :])  # (..., K, q, N)
-    if alpha == 0:  # mu and the c_i are one too many: the limit of small alpha, where the c_i of trained units sum to 0
-        trained = (count > 0).to(c.dtype).unsqueeze(-2)
-        level = (c * trained).sum(-1) / trained.sum(-1)
-        c, solution[..., 0, :] = (c - level.unsqueeze(-1)) * trained, solution[..., 0, :] + level
+    # Those of mu without cancellation: n_i - n_i^2 / (n_i + alpha) = alpha n_i / (n_i + alpha); the t_i sum to zero.
+    of_mu = alpha * (t * weight).sum(-1)
+    a[..., 0, :] = a[..., :, 0] = of_mu[..., : 1 + p]
+    right[..., 0, :] = of_mu[..., 1 + p :]
+    known, wanted = t[..., : 1 + p, :], t[..., 1 + p :, :]
+    if alpha > 0:
+        solution = torch.linalg.solve(a, right)
+        c = weight * (wanted - solution.mT @ known)  # (..., K, q, N)
+    else:
+        values, vectors = torch.linalg.eigh(a)
+        free = values <= 1e-11 * values[..., -1:]
+        inverse = torch.where(free, 0.0, 1 / values)
+        solution = (vectors * inverse.unsqueeze(-2)) @ (vectors.mT @ right)
+        c = weight * (wanted - solution.mT @ known)
+        # Directions that change no fitted value (mu against all c_i; a feature that is constant within units against
+        # them) are settled as in the limit of small alpha: the penalised coefficients, b and c, are smallest.
+        null = vectors * free.unsqueeze(-2)
+        null_c = -weight * (null.mT @ known)
+        gram = null[..., 1:, :].mT @ null[..., 1:, :] + null_c @ null_c.mT
+        shift = torch.linalg.pinv(gram, hermitian=True, rtol=1e-11) @ (
+            null[..., 1:, :].mT @ solution[..., 1:, :] + null_c @ c.mT
+        )
+        solution, c = solution - null @ shift, c - shift.mT @ null_c
     slope = solution[..., 1:, :] / scale.unsqueeze(-1)
     level = solution[..., 0, :] + mean[..., targets] - (slope * mean[..., picked].unsqueeze(-1)).sum(-2)
     return slope.mT @ f + level.unsqueeze(-1) + c.gather(-1, code.expand(*c.shape[:-1], -1))

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -47,11 +48,23 @@ class Folds:
         fold: fold of each row, ``(R, n)``.
         keep: ``(K, K)``; whether the rows of fold j train the model that predicts fold k.
         scheme: name of the scheme.
+
+    Raises:
+        ValueError: other shapes or types, or fold numbers that ``keep`` has no row for.
     """
 
     fold: Tensor
     keep: Tensor
     scheme: str = "custom"
+
+    def __post_init__(self) -> None:
+        fold, keep = self.fold, self.keep
+        if fold.ndim != 2 or fold.dtype != torch.long:
+            raise ValueError(f"fold: expected int64 of shape (R, n), got {fold.dtype} of shape {tuple(fold.shape)}")
+        if keep.ndim != 2 or keep.shape[0] != keep.shape[1] or keep.dtype != torch.bool:
+            raise ValueError(f"keep: expected bool of shape (K, K), got {keep.dtype} of shape {tuple(keep.shape)}")
+        if fold.numel() and not 0 <= int(fold.min()) <= int(fold.max()) < len(keep):
+            raise ValueError(f"fold: expected 0 to {len(keep) - 1}, got {int(fold.min())} to {int(fold.max())}")
 
     def __len__(self) -> int:
         return len(self.keep)
@@ -87,10 +100,12 @@ def make_folds(layout: Layout, folds: int = 5, scheme: str = "unit", *, repeats:
     if scheme not in SCHEMES:
         raise ValueError(f"scheme: expected one of {', '.join(SCHEMES)}, got {scheme!r}")
     least = 4 if scheme == "nlo" else 2
-    if not isinstance(folds, int) or folds < least:
+    if not isinstance(folds, Integral) or folds < least:
         raise ValueError(f"folds: expected an integer >= {least} for the scheme {scheme!r}, got {folds!r}")
-    if not isinstance(repeats, int) or repeats < 1:
+    if not isinstance(repeats, Integral) or repeats < 1:
         raise ValueError(f"repeats: expected an integer >= 1, got {repeats!r}")
+    if not isinstance(seed, Integral) or seed < 0:
+        raise ValueError(f"seed: expected an integer >= 0, got {seed!r}")
     shared = {"random": {"rows": len(layout)}, "unit": {"units": layout.n_units}}
     shared |= {"product": {"units": layout.n_units, "periods": layout.n_periods}}
     for what, size in shared.get(scheme, {"periods": layout.n_periods}).items():

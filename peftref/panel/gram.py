@@ -72,59 +72,68 @@ def moments(columns: Tensor, counts: Tensor) -> Moments:
 
 def fit(parts: Moments, keep: Tensor, columns: Tensor, targets: Tensor, alphas: list[float]) -> tuple[Tensor, Tensor]:
     """Slopes ``(..., K, p, q)`` and intercepts ``(..., K, q)``, each at the best of the penalties."""
-    fits = [_solve(parts.kept(keep), columns, targets, alpha) for alpha in alphas]
+    slopes, intercepts = _solve(parts.kept(keep), columns, targets, alphas)
     if len(alphas) == 1:
-        return fits[0]
-    # Inner folds: those that a model keeps. Model (k, j) learns what k and j both keep, and is judged on fold j.
-    error = torch.stack([_inner_error(parts, keep, columns, targets, alpha) for alpha in alphas])  # (A, ..., K, q)
-    best = error.argmin(0, keepdim=True)
-    slopes, intercepts = (torch.stack(t) for t in zip(*fits, strict=True))
+        return slopes[0], intercepts[0]
+    best = _inner_error(parts, keep, columns, targets, alphas).argmin(0, keepdim=True)
     slope = slopes.gather(0, best.unsqueeze(-2).expand(1, *slopes.shape[1:]))
     return slope.squeeze(0), intercepts.gather(0, best).squeeze(0)
 
 
-def _inner_error(parts: Moments, keep: Tensor, columns: Tensor, targets: Tensor, alpha: float) -> Tensor:
-    """Sum over the folds that each model keeps of the squared errors when that fold is left out, ``(..., K, q)``."""
-    k, device = keep.shape[1], keep.device
+def _inner_error(parts: Moments, keep: Tensor, columns: Tensor, targets: Tensor, alphas: list[float]) -> Tensor:
+    """Sum over the folds that each model keeps of the squared errors when that fold is left out, ``(A, ..., K, q)``."""
+    # Model (k, j) learns what k and j both keep, and is judged on fold j. One model of all folds has no scheme.
+    k = keep.shape[1]
     outer, inner = keep.nonzero(as_tuple=True)
-    apart = keep if len(keep) == k else ~torch.eye(k, dtype=torch.bool, device=device)
-    trained = keep[outer] & apart[inner]
-    if not trained.any(1).all():
-        raise ValueError("alpha: expected enough folds to leave one out of each training set and learn from the rest")
-    slope, intercept = _solve(parts.kept(trained), columns, targets, alpha)
+    trained = keep[outer] & ~torch.eye(k, dtype=torch.bool, device=keep.device)[inner]
+    if len(keep) == k:
+        trained &= keep[inner]
+    train = parts.kept(trained)
     n, s, g = (t.index_select(1, inner) for t in parts)
+    if not ((train.n > 0) | (n == 0)).all():
+        raise ValueError("alpha: expected enough folds to leave one out of each training set and learn from the rest")
+    slope, intercept = _solve(train, columns, targets, alphas)
     gff, gfy, gyy = g[..., columns[:, None], columns], g[..., columns[:, None], targets], g[..., targets, targets]
     sf, sy = s[..., columns], s[..., targets]
     # sum (y - a - f'b)^2, with a = intercept and b = slope
     quadratic = (slope * (gff @ slope)).sum(-2)
     cross = (slope * (gfy - sf.unsqueeze(-1) * intercept.unsqueeze(-2))).sum(-2)
     error = gyy + quadratic + n.unsqueeze(-1) * intercept.square() - 2 * cross - 2 * intercept * sy
+    error = torch.where(n.unsqueeze(-1) > 0, error, 0.0)  # an empty fold judges nobody
     return error.new_zeros(*error.shape[:-2], len(keep), error.shape[-1]).index_add_(-2, outer, error)
 
 
-def _solve(train: Moments, columns: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def _solve(train: Moments, columns: Tensor, targets: Tensor, alphas: list[float]) -> tuple[Tensor, Tensor]:
+    """Slopes ``(A, ..., K, p, q)`` and intercepts ``(A, ..., K, q)`` at each penalty."""
     mean, scale, corr, cross = standardised(train, columns, targets)
-    b = inverse_times(train.n[..., None, None] * corr, cross, alpha)
+    a = train.n[..., None, None] * corr
     # eq-dml_panel-ridge:  b = (n R + alpha I)^-1 n c;  y = m_y + (f - m_f)' b / sigma
-    slope = b / scale.unsqueeze(-1)
+    slope = torch.stack([inverse_times(a, cross, alpha) for alpha in alphas]) / scale.unsqueeze(-1)
     intercept = mean[..., targets] - (slope * mean[..., columns].unsqueeze(-1)).sum(-2)
     return slope, intercept
 
 
 def standardised(train: Moments, columns: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Means, scales, the features' correlations, and n times their standardised covariances with the targets."""
+    """Means, scales, the features' correlations, and n times their standardised covariances with the targets.
+
+    A feature that is constant in the training rows has an infinite scale: all that it is part of becomes zero.
+    """
     n = train.n[..., None, None]
     mean = train.s / train.n.unsqueeze(-1)
     cov = train.g / n - mean.unsqueeze(-1) * mean.unsqueeze(-2)
     variance = cov.diagonal(dim1=-2, dim2=-1)[..., columns]
     flat = variance <= 1e-13 * (train.g.diagonal(dim1=-2, dim2=-1)[..., columns] / train.n.unsqueeze(-1))
-    scale = torch.where(flat, 1.0, variance.clamp(min=0)).sqrt()
-    corr = cov[..., columns[:, None], columns] / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
+    scale = torch.where(flat, torch.inf, variance.clamp(min=0).sqrt())
+    corr = cov[..., columns[:, None], columns] / scale.unsqueeze(-1) / scale.unsqueeze(-2)
     return mean, scale, corr, n * cov[..., columns[:, None], targets] / scale.unsqueeze(-1)
 
 
 def inverse_times(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """(A + alpha I)^-1 B; with alpha = 0 the smallest solution, where features that repeat each other share theirs."""
     if alpha > 0:
         ridge = a + alpha * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-        return torch.cholesky_solve(b, torch.linalg.cholesky(ridge))
-    return torch.linalg.pinv(a, hermitian=True, rtol=1e-11) @ b  # features that repeat each other share a coefficient
+        root, failed = torch.linalg.cholesky_ex(ridge)
+        if not failed.any():
+            return torch.cholesky_solve(b, root)
+        # a penalty below the rounding errors of A, whose limit is that of no penalty
+    return torch.linalg.pinv(a, hermitian=True, rtol=1e-11) @ b

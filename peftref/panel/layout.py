@@ -9,7 +9,9 @@ The within transformation takes the mean of each unit away (eq-dml_panel-within)
 .. math:: \ddot a_{it}=a_{it}-\bar a_i,\qquad\bar a_i=\tfrac1{T_i}\sum_ta_{it},
 
 and with ``twoway`` also those of the periods: in a balanced panel
-:math:`a_{it}-\bar a_i-\bar a_t+\bar a`, in others by projecting on units and on periods in turn until nothing moves.
+:math:`a_{it}-\bar a_i-\bar a_t+\bar a`, in others what least squares on a dummy for each unit and period leaves. Its
+period effects are found by conjugate gradients: projecting on units and on periods in turn, the usual way, needs
+many thousands of rounds where units overlap in few periods.
 
 >>> layout = Layout.of(["b", "a", "a", "b"], [2, 1, 2, 1])
 >>> layout.order, layout.unit  # rows sorted by unit and period, and the unit of each
@@ -45,6 +47,8 @@ class Layout:
         unit, time: codes 0, 1, ... of each row, ``(n,)``, in the order of the sorted labels.
         order: where each row stood in the caller's data, ``(n,)``.
         n_units, n_periods: numbers of different units and periods.
+        step: like ``time``, but counted among the periods of the whole data: :meth:`select` keeps it, so that a gap
+            stays one.
     """
 
     unit: Tensor
@@ -52,6 +56,11 @@ class Layout:
     order: Tensor
     n_units: int
     n_periods: int
+    step: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.step is None:
+            object.__setattr__(self, "step", self.time)
 
     @classmethod
     def of(cls, unit: Any, time: Any) -> Layout:
@@ -64,7 +73,7 @@ class Layout:
             raise ValueError(f"unit, time: expected equal, positive lengths, got {len(unit)} and {len(time)}")
         codes = {}
         for name, labels in (("unit", unit), ("time", time)):
-            labels = pd.Series(np.asarray(labels) if isinstance(labels, (list, tuple)) else labels)
+            labels = pd.Series(labels.cpu().numpy() if isinstance(labels, Tensor) else labels)
             if labels.isna().any():
                 raise ValueError(f"{name}: expected no missing labels, got {int(labels.isna().sum())}")
             codes[name] = torch.from_numpy(pd.factorize(labels, sort=True)[0].astype(np.int64))
@@ -90,7 +99,7 @@ class Layout:
     def select(self, rows: Tensor) -> Layout:
         """The layout of some rows (a mask ``(n,)``), with units and periods that have none left taken out."""
         unit, time = (torch.unique(t[rows], return_inverse=True)[1] for t in (self.unit, self.time))
-        return Layout(unit, time, self.order[rows], _count(unit), _count(time))
+        return Layout(unit, time, self.order[rows], _count(unit), _count(time), self.step[rows])
 
     def counts(self) -> Tensor:
         """Number of rows of each unit, ``(n_units,)``."""
@@ -99,17 +108,16 @@ class Layout:
     def consecutive(self) -> tuple[Tensor, Tensor]:
         """Positions of the rows with a row of the same unit one period earlier, and of those earlier rows.
 
-        One period is one step among all periods that occur, so a gap in a unit is not differenced across.
+        One period is one step among all periods of the data, so a gap in a unit is not differenced across.
         """
-        follows = (self.unit[1:] == self.unit[:-1]) & (self.time[1:] == self.time[:-1] + 1)
+        follows = (self.unit[1:] == self.unit[:-1]) & (self.step[1:] == self.step[:-1] + 1)
         now = follows.nonzero().squeeze(1) + 1
         return now, now - 1
 
     def to(self, device: torch.device | str) -> Layout:
         """The same on a device."""
-        return Layout(
-            self.unit.to(device), self.time.to(device), self.order.to(device), self.n_units, self.n_periods
-        )
+        unit, time, order, step = (t.to(device) for t in (self.unit, self.time, self.order, self.step))
+        return Layout(unit, time, order, self.n_units, self.n_periods, step)
 
 
 def group_sums(a: Tensor, group: Tensor, size: int, dim: int = -1) -> Tensor:
@@ -126,10 +134,7 @@ def means(a: Tensor, group: Tensor, dim: int = -1) -> Tensor:
     if dim == -1 and torch.equal(group, torch.arange(size, device=group.device).repeat_interleave(each)):
         # the units of a balanced panel: a mean of equal blocks is three times as fast
         return a.unflatten(-1, (size, each)).mean(-1, keepdim=True).expand(*a.shape[:-1], size, each).flatten(-2)
-    counts = group.bincount(minlength=size).to(a.dtype)
-    if dim == -2:
-        counts = counts.unsqueeze(-1)
-    return (group_sums(a, group, size, dim) / counts).index_select(dim, group)
+    return _Groups(a, group, size, dim).means(a)
 
 
 def within(a: Tensor, layout: Layout, twoway: bool = False, dim: int = -1, tol: float = 1e-12) -> Tensor:
@@ -140,20 +145,53 @@ def within(a: Tensor, layout: Layout, twoway: bool = False, dim: int = -1, tol: 
         layout: of the rows.
         twoway: units and periods.
         dim: the dimension of the rows.
-        tol: of the alternating projections in an unbalanced panel, relative to the largest entry of ``a``.
+        tol: of the period effects in an unbalanced panel: the residual of their normal equations, relative to its
+            start.
     """
     result = a - means(a, layout.unit, dim)
     if not twoway or not a.numel():
         return result
-    for _ in range(10_000):
-        step = means(result, layout.time, dim)
-        result = result - step
-        if layout.balanced:
-            return result  # the two projections commute: once is all
-        result = result - means(result, layout.unit, dim)
-        if step.abs().max() <= tol * a.abs().max():
+    if layout.balanced:
+        return result - means(result, layout.time, dim)  # the two projections commute: once is all
+    units, periods = _Groups(a, layout.unit, layout.n_units, dim), _Groups(a, layout.time, layout.n_periods, dim)
+    left = periods.means(result)
+    # Period effects g with P_t (g - P_u g) = P_t (a - P_u a), P the means of units and of periods: on period effects
+    # P_t (1 - P_u) is symmetric, and singular only where they cannot be told from unit effects.
+    effects, direction, size = torch.zeros_like(a), left, _square(left, left, dim)
+    start = size
+    for i in range(10_000):
+        # Convergence is looked up now and then: each look makes the host wait for the device.
+        if i % 4 == 0 and not (size > tol**2 * start).any():
             break
-    return result
+        image = periods.means(direction - units.means(direction))
+        rate = _ratio(size, _square(direction, image, dim))
+        effects, left = effects + rate * direction, left - rate * image
+        size, before = _square(left, left, dim), size
+        direction = left + _ratio(size, before) * direction
+    else:
+        raise RuntimeError(f"within: expected period effects within tol={tol}, got no convergence in 10000 steps")
+    result = a - effects
+    return result - units.means(result)
+
+
+class _Groups:
+    """Means over groups, for tensors in the shape of ``like``; rows are counted once."""
+
+    def __init__(self, like: Tensor, group: Tensor, size: int, dim: int) -> None:
+        counts = group.bincount(minlength=size).to(like.dtype)
+        self.group, self.size, self.dim = group, size, dim
+        self.counts = counts.unsqueeze(-1) if dim == -2 else counts
+
+    def means(self, a: Tensor) -> Tensor:
+        return (group_sums(a, self.group, self.size, self.dim) / self.counts).index_select(self.dim, self.group)
+
+
+def _square(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    return (a * b).sum(dim, keepdim=True)
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(b > 0, a / b, 0.0)  # 0 / 0 where a column is done before the others
 
 
 def _count(codes: Tensor) -> int:

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations_with_replacement
+from numbers import Integral
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from .gram import by_fold, fit, moments
@@ -44,33 +46,37 @@ class PolynomialRidge(RegressorMixin, BaseEstimator):
     def fit(self, X: np.ndarray, y: np.ndarray) -> PolynomialRidge:  # noqa: N803 (scikit-learn's name)
         """Fit ``(n, J)`` to ``(n,)``; several ``alpha`` are compared on five folds of rows, in the order given."""
         alphas = check_learner(self)
-        z = torch.from_numpy(np.atleast_2d(np.asarray(X, dtype=np.float64)).T.copy())
-        target = torch.from_numpy(np.asarray(y, dtype=np.float64).copy())[None]
-        if z.shape[-1] != target.shape[-1] or not len(z):
-            raise ValueError(f"X, y: expected shapes (n, J) and (n,), got {np.shape(X)} and {np.shape(y)}")
-        self.location_, self.scale_ = standardise(z)
+        least = min(2, len(alphas))
+        X, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True, ensure_min_samples=least)  # noqa: N806
+        z, target = torch.tensor(X.T), torch.tensor(y, dtype=torch.float64)[None]
+        self._location, self._scale = standardise(z)
+        self._level = target.mean()  # the Gram matrix of y itself would lose the digits that y varies in
         self._exponents = monomials(len(z), self.degree, self.interactions)
-        f = polynomial((z - self.location_) / self.scale_, self._exponents)
+        f = polynomial((z - self._location) / self._scale, self._exponents)
         fold = torch.arange(z.shape[-1]) % (5 if len(alphas) > 1 else 1)
-        parts = moments(*by_fold(torch.cat((f, target))[None], fold[None], int(fold.max()) + 1)[:2])
+        parts = moments(*by_fold(torch.cat((f, target - self._level))[None], fold[None], int(fold.max()) + 1)[:2])
         every = torch.ones(1, len(parts.n[0]), dtype=torch.bool)  # one model, from all the folds
         columns = torch.arange(len(self._exponents))
         slope, intercept = fit(parts, every, columns, torch.tensor([len(columns)]), alphas)
-        self.coef_, self.intercept_ = slope[0, 0, :, 0], intercept[0, 0, 0]
-        self.n_features_in_ = len(z)
+        self.coef_, self.intercept_ = slope[0, 0, :, 0].numpy(), float(intercept[0, 0, 0] + self._level)
         return self
 
     def predict(self, X: np.ndarray) -> np.ndarray:  # noqa: N803
         """Predictions ``(n,)`` at ``(n, J)``."""
-        z = (torch.from_numpy(np.asarray(X, dtype=np.float64).T.copy()) - self.location_) / self.scale_
-        return (self.coef_ @ polynomial(z, self._exponents) + self.intercept_).numpy()
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float64, reset=False)  # noqa: N806
+        z = (torch.tensor(X.T) - self._location) / self._scale
+        return self.coef_ @ polynomial(z, self._exponents).numpy() + self.intercept_
 
 
 def check_learner(learner: PolynomialRidge) -> list[float]:
     """The penalties of a learner, after checking its settings."""
-    if not isinstance(learner.degree, int) or learner.degree < 1:
+    if not isinstance(learner.degree, Integral) or learner.degree < 1:
         raise ValueError(f"degree: expected an integer >= 1, got {learner.degree!r}")
-    alphas = [float(a) for a in np.atleast_1d(np.asarray(learner.alpha, dtype=float))]
+    try:
+        alphas = np.ravel(np.asarray(learner.alpha, dtype=float)).tolist()
+    except (TypeError, ValueError):
+        alphas = []
     if not alphas or not all(0 <= a < float("inf") for a in alphas):
         raise ValueError(f"alpha: expected a number >= 0, or several, got {learner.alpha!r}")
     return alphas

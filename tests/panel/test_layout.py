@@ -30,6 +30,8 @@ def of(frame: pd.DataFrame) -> tuple[Layout, torch.Tensor]:
         (["b", "a", "b", "a"], [2, 2, 1, 1]),
         ([-3, -7, -3, -7], [0.5, 0.5, -0.5, -0.5]),
         (pd.Series(["b", "a", "b", "a"], dtype="category"), pd.to_datetime(["2021", "2021", "2020", "2020"])),
+        (torch.tensor([8, 3, 8, 3]), [pd.Timestamp("2021")] * 2 + [pd.Timestamp("2020")] * 2),
+        ((("b", 1), ("a", 2), ("b", 1), ("a", 2)), (2, 2, 1, 1)),
         (pd.Series([2, 1, 2, 1], index=[9, 9, 9, 9]), np.array([2, 2, 1, 1], dtype=np.uint8)),
     ],
 )
@@ -47,6 +49,8 @@ def test_labels_of_any_sortable_type(unit, time) -> None:
         ([], [], "^unit, time: expected equal, positive lengths"),
         ([1, None], [1, 2], "^unit: expected no missing labels, got 1"),
         ([1, 1], [1, np.nan], "^time: expected no missing labels, got 1"),
+        (["a", float("nan")], [1, 2], "^unit: expected no missing labels, got 1"),
+        ([1, 1], [pd.Timestamp("2020"), pd.NaT], "^time: expected no missing labels, got 1"),
         (["a", "b", "a"], [1, 1, 1], "got several for unit 'a', period 1"),
     ],
 )
@@ -94,6 +98,51 @@ def test_two_ways_of_a_balanced_panel_in_closed_form() -> None:
     assert torch.allclose(within(a, layout, twoway=True), closed, rtol=0, atol=1e-12)
 
 
+def on_dummies(a: torch.Tensor, layout: Layout) -> np.ndarray:
+    dummies = np.hstack([np.eye(layout.n_units)[layout.unit], np.eye(layout.n_periods)[layout.time]])
+    return a.numpy() - (dummies @ np.linalg.lstsq(dummies, a.numpy().T, rcond=None)[0]).T
+
+
+def test_two_ways_where_units_hardly_overlap() -> None:
+    """Each unit is seen three times, in a row: projecting in turn is far from done after thousands of rounds."""
+    unit = np.repeat(np.arange(150), 3)
+    layout = Layout.of(unit, unit + np.tile([0, 1, 2], 150))
+    a = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 450)))
+    a[1] = 1e6 * (layout.time + layout.unit)  # effects and nothing else
+    found, expected = within(a, layout, twoway=True), on_dummies(a, layout)
+    assert np.allclose(found[0], expected[0], rtol=0, atol=1e-10) and found[1].abs().max() < 1e-4
+    assert np.allclose(within(a[0], layout, twoway=True), expected[0], rtol=0, atol=1e-10)
+    columns = within(torch.stack((a[0], torch.zeros(450).double()), -1), layout, twoway=True, dim=-2)
+    assert np.allclose(columns[:, 0], expected[0], rtol=0, atol=1e-10) and (columns[:, 1] == 0).all()
+    turns = a[0]
+    for _ in range(2000):
+        turns = turns - means(turns, layout.unit)
+        turns = turns - means(turns, layout.time)
+    assert np.abs(turns.numpy() - expected[0]).max() > 1e-3
+    assert not np.allclose(within(a[0], layout, twoway=True, tol=0.1), expected[0], rtol=0, atol=1e-3)
+
+
+def test_two_ways_of_panels_that_fall_apart() -> None:
+    layout = Layout.of([0, 0, 1, 1, 1, 2, 3, 3, 4], [0, 1, 0, 1, 2, 7, 7, 8, 9])  # two parts and a row by itself
+    a = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 9)))
+    assert np.allclose(within(a, layout, twoway=True), on_dummies(a, layout), rtol=0, atol=1e-12)
+    single = Layout.of([0, 0, 0], [1, 2, 3])
+    assert within(a[:, :3], single, twoway=True).abs().max() < 1e-15
+    assert within(torch.full((1, 9), torch.nan), layout, twoway=True).isnan().all()  # and comes to an end
+
+
+@given(seed=st.integers(0, 10_000), twoway=st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_the_order_of_rows_does_not_matter(seed: int, twoway: bool) -> None:
+    frame = unbalanced()
+    moved = frame.sample(frac=1, random_state=seed)
+    made = {}
+    for name, rows in (("here", frame), ("there", moved)):
+        layout, a = of(rows)
+        made[name] = pd.Series(within(a, layout, twoway).numpy(), index=rows.index[layout.order.numpy()])
+    pd.testing.assert_series_equal(made["here"].sort_index(), made["there"].sort_index(), rtol=0, atol=1e-12)
+
+
 def test_nothing_to_demean() -> None:
     frame = unbalanced()
     layout, a = of(frame)
@@ -119,3 +168,35 @@ def test_select_renumbers() -> None:
     assert some.unit.tolist() == [0, 0, 1, 1] and some.time.tolist() == [0, 1, 0, 1]
     assert some.order.tolist() == [0, 1, 3, 4] and (some.n_units, some.n_periods) == (2, 2)
     assert len(layout) == 5 and layout.n_units == 3  # as it was
+    back = layout.select(torch.tensor([False, True, False, True, True]))
+    assert back.unit.tolist() == [0, 1, 1] and back.time.tolist() == [1, 0, 1]
+
+
+def test_a_gap_stays_a_gap_when_a_period_is_left_out() -> None:
+    """The second unit alone shows that there was a second period."""
+    layout = Layout.of([0, 0, 1, 2, 2], [1, 3, 2, 1, 2])
+    some = layout.select(layout.unit == 0)
+    assert some.n_periods == 2 and some.time.tolist() == [0, 1]
+    for each in (some, some.to("cpu"), some.select(torch.tensor([True, True]))):
+        assert len(each.consecutive()[0]) == 0
+    assert layout.select(layout.unit == 2).consecutive()[0].tolist() == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_results_keep_the_type_and_inputs_stay(dtype: torch.dtype) -> None:
+    layout, a = of(unbalanced())
+    a = a.to(dtype)
+    before = a.clone()
+    made = [within(a, layout), within(a, layout, twoway=True, tol=1e-6), means(a, layout.time),
+            group_sums(a, layout.unit, 12)]  # fmt: skip
+    assert all(t.dtype == dtype for t in made) and torch.equal(a, before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu() -> None:
+    layout, a = of(unbalanced())
+    there = layout.to("cuda")
+    for twoway in (False, True):
+        found = within(a.cuda(), there, twoway)
+        assert found.is_cuda and torch.allclose(found.cpu(), within(a, layout, twoway), rtol=0, atol=1e-10)
+    assert there.consecutive()[0].is_cuda and there.select(there.unit > 3).time.is_cuda

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import joblib
 import numpy as np
 import pytest
 import scipy.sparse
 import torch
 from sklearn.base import BaseEstimator, RegressorMixin, clone
-from sklearn.ensemble import GradientBoostingRegressor
+from sklearn.ensemble import GradientBoostingRegressor, StackingRegressor
 from sklearn.linear_model import LassoCV, LinearRegression, LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from peftref.panel.folds import make_folds
+from peftref.panel.crossfit import crossfit
+from peftref.panel.folds import Folds, make_folds
 from peftref.panel.layout import Layout
 from peftref.panel.learners import crossfit_sklearn, follow_folds
+from peftref.panel.ridge import PolynomialRidge
 
 LAYOUT = Layout.of(np.repeat(np.arange(20), 6), np.tile(np.arange(6), 20))
 
@@ -32,6 +35,7 @@ class Spy(RegressorMixin, BaseEstimator):
     """Notes what it is fitted on; predicts the mean."""
 
     seen: list = []
+    asked: list = []
 
     def __init__(self, level: float = 1.0) -> None:
         self.level = level
@@ -42,12 +46,13 @@ class Spy(RegressorMixin, BaseEstimator):
         return self
 
     def predict(self, x):
+        Spy.asked.append(x)
         return np.full(x.shape[0], self.mean_)
 
 
 @pytest.fixture(autouse=True)
 def forget() -> None:
-    Spy.seen = []
+    Spy.seen, Spy.asked = [], []
 
 
 @pytest.mark.parametrize("scheme", ["random", "unit", "nlo", "product"])
@@ -80,6 +85,10 @@ def test_a_classifier_predicts_probabilities() -> None:
     assert ((found > 0) & (found < 1)).all() and found.unique().numel() > 60
     with pytest.raises(ValueError, match="^w: expected zeros and ones in the training rows of fold"):
         crossfit_sklearn(z, torch.ones_like(targets[:, 1:]), folds, [LogisticRegression()])
+    with pytest.raises(ValueError, match=r"^w: expected zeros and ones .* got \[1. 2.\]"):
+        crossfit_sklearn(z, 1 + targets[:, 1:], folds, [LogisticRegression()])
+    search = GridSearchCV(LogisticRegression(), {"C": [1.0]})
+    assert torch.allclose(crossfit_sklearn(z, targets[:, 1:], folds, [search]), found)
 
 
 def test_only_the_rows_allowed() -> None:
@@ -128,8 +137,45 @@ def test_a_splitter_of_the_users_own_is_left_alone() -> None:
     learner = GridSearchCV(Ridge(), {"alpha": [1.0]}, cv=KFold(5))
     assert follow_folds(learner, np.arange(10) % 3).cv is learner.cv and isinstance(learner.cv, KFold)
     assert follow_folds(Ridge(), np.zeros(3)).get_params() == Ridge().get_params()
-    with pytest.raises(ValueError, match="^folds: expected at least 3"):
+    with pytest.raises(ValueError, match="^folds: expected more, for a learner that cross-validates"):
         follow_folds(LassoCV(), np.zeros(10))
+
+
+@pytest.mark.parametrize(("scheme", "k"), [("product", 3), ("nlo", 7), ("unit", 4), ("period", 3)])
+def test_inner_folds_are_kept_apart_as_the_outer_ones(scheme: str, k: int) -> None:
+    """The learner is told the unit and period of each row; fits and predictions are matched in the order they come."""
+    layout = Layout.of(np.repeat(np.arange(12), 14), np.tile(np.arange(14), 12))
+    z = torch.stack((layout.unit, layout.time)).double()[None]
+    folds = make_folds(layout, k, scheme, seed=1)
+    apart = {"unit": (0,), "product": (0, 1)}.get(scheme, (1,))
+    for _, (train, _) in enumerate(folds.splits()):
+        Spy.seen, Spy.asked = [], []
+        fold = folds.fold[0, train].numpy()
+        search = GridSearchCV(Spy(), {"level": [0.5]}, refit=False)
+        x = z[0].T.numpy()[train]
+        follow_folds(search, fold, folds.keep.numpy()).fit(x, x[:, 0])
+        assert len(Spy.seen) == len(Spy.asked) == len(np.unique(fold))
+        for fitted, asked in zip(Spy.seen, Spy.asked, strict=True):
+            assert all(not set(fitted[:, i]) & set(asked[:, i]) for i in apart)
+            if scheme == "nlo":
+                assert np.abs(fitted[:, 1][:, None] - asked[:, 1]).min() > 2  # the blocks between have two periods
+    found = crossfit_sklearn(z, z[:, :1], folds, [LassoCV(alphas=[0.1, 1.0])])
+    assert torch.isfinite(found).all()
+
+
+def test_a_cv_inside_a_cv_must_bring_its_own_splitter() -> None:
+    """Row numbers of the outer training set mean nothing in a part of it."""
+    for nested in (
+        GridSearchCV(make_pipeline(StandardScaler(), LassoCV()), {"lassocv__n_alphas": [5]}),
+        StackingRegressor([("lasso", LassoCV(cv=3))], Ridge()),
+        GridSearchCV(LassoCV(), {}, cv=KFold(3)),
+    ):
+        with pytest.raises(ValueError, match="^learner: expected a splitter for a cv inside another, got .*cv="):
+            follow_folds(nested, np.arange(12) % 3)
+    z, targets = data()
+    learner = StackingRegressor([("lasso", LassoCV(cv=KFold(3)))], Ridge())
+    assert torch.isfinite(crossfit_sklearn(z, targets[:, :1], make_folds(LAYOUT, 3, "unit"), [learner])).all()
+    assert learner.cv is None
 
 
 def test_columns_of_units_stay_sparse() -> None:
@@ -149,8 +195,30 @@ def test_the_learner_given_is_never_fitted_and_inputs_stay() -> None:
 def test_workers_change_nothing() -> None:
     z, targets = data()
     folds = make_folds(LAYOUT, 3, "unit")
-    one, two = (crossfit_sklearn(z, targets, folds, [Ridge(), Ridge()], n_jobs=n) for n in (None, 2))
-    assert torch.equal(one, two)
+    one = crossfit_sklearn(z, targets, folds, [Ridge(), Ridge()])
+    for backend in ("threading", "multiprocessing"):
+        with joblib.parallel_config(backend=backend):
+            assert torch.equal(crossfit_sklearn(z, targets, folds, [Ridge(), Ridge()], n_jobs=2), one)
+
+
+def test_our_own_learner_as_any_other() -> None:
+    """One column for each variable: the polynomial sees the same features whichever rows standardise them."""
+    z, targets = data()
+    folds = make_folds(LAYOUT, 5, "unit", repeats=2)
+    learner = PolynomialRidge(1, 3.0)
+    found = crossfit_sklearn(z, targets, folds, [learner, learner], uses=[[0, 1], [2]])
+    assert torch.allclose(found, crossfit(z, targets, folds, learner, uses=[[0, 1], [2]]), rtol=0, atol=1e-10)
+
+
+def test_folds_of_ones_own() -> None:
+    """A fold without rows is passed over, one without training rows refused."""
+    z, targets = data()
+    fold = torch.arange(120)[None] % 2 * 2
+    found = crossfit_sklearn(z, targets, Folds(fold, ~torch.eye(3).bool()), [Ridge(), Ridge()])
+    same = crossfit_sklearn(z, targets, Folds(fold // 2, ~torch.eye(2).bool()), [Ridge(), Ridge()])
+    assert torch.equal(found, same)
+    with pytest.raises(ValueError, match="^learner: expected training rows for fold 0 of target 0, got none"):
+        crossfit_sklearn(z, targets, Folds(fold, torch.zeros(3, 3).bool()), [Ridge(), Ridge()])
 
 
 def test_predictions_must_be_finite() -> None:
@@ -163,3 +231,20 @@ def test_batches_of_datasets_are_refused() -> None:
     z, targets = data()
     with pytest.raises(ValueError, match="^z, targets: expected batches of 1"):
         crossfit_sklearn(z.expand(2, -1, -1), targets, make_folds(LAYOUT, 3, "unit"), [Ridge()] * 2)
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("^learners: expected one for each of 2 targets, got 1", {"learners": [Ridge()]}),
+        ("^within: expected one for each of 2 targets, got 1", {"within": [None]}),
+        ("^uses: expected 2 sequences of numbers from 0 to 2", {"uses": [[0, 3], [0]]}),
+        (r"^unit: expected codes of shape \(120,\), got \(5,\)", {"unit": torch.arange(5)}),
+        ("^z, targets, folds: expected", {"z": torch.zeros(1, 3, 7)}),
+    ],
+)
+def test_bad_input(message: str, arguments: dict) -> None:
+    z, targets = data()
+    given = {"z": z, "targets": targets, "folds": make_folds(LAYOUT, 3, "unit"), "learners": [Ridge()] * 2}
+    with pytest.raises(ValueError, match=message):
+        crossfit_sklearn(**given | arguments)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.sparse
 from sklearn.base import clone
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from peftref.panel.ridge import PolynomialRidge
 
@@ -63,7 +65,44 @@ def test_inputs_stay_and_float32_is_widened() -> None:
 
 def test_bad_input() -> None:
     x, y = data()
-    with pytest.raises(ValueError, match="^X, y: expected shapes"):
+    with pytest.raises(ValueError, match="inconsistent numbers of samples: .83, 5."):
         PolynomialRidge().fit(x, y[:5])
-    with pytest.raises(ValueError, match="^alpha: expected a number >= 0, or several, got -1"):
-        PolynomialRidge(alpha=-1).fit(x, y)
+    with pytest.raises(TypeError, match="[Ss]parse data was passed"):
+        PolynomialRidge().fit(scipy.sparse.csr_matrix(x), y)
+    for alpha in (-1, float("nan"), "much", None, [], [1.0, np.inf]):
+        with pytest.raises(ValueError, match="^alpha: expected a number >= 0, or several, got "):
+            PolynomialRidge(alpha=alpha).fit(x, y)
+    for degree in (0, 1.5, "2", None):
+        with pytest.raises(ValueError, match="^degree: expected an integer >= 1, got "):
+            PolynomialRidge(degree).fit(x, y)
+    with pytest.raises(ValueError, match="with 1 sample.* while a minimum of 2 is required"):
+        PolynomialRidge(alpha=[1.0, 2.0]).fit(x[:1], y[:1])
+
+
+@parametrize_with_checks([PolynomialRidge(2), PolynomialRidge(1, [0.1, 1.0])])
+def test_contract_of_scikit_learn(estimator, check) -> None:
+    check(estimator)
+
+
+def test_settings_may_be_numpy_numbers() -> None:
+    x, y = data()
+    search = GridSearchCV(PolynomialRidge(), {"degree": np.arange(1, 3), "alpha": np.array([0.1, 100.0])}).fit(x, y)
+    assert search.best_params_ == {"degree": 2, "alpha": 0.1}
+
+
+def test_a_target_far_from_zero_gets_the_same_penalty() -> None:
+    """Its sum of squares has 16 digits, of which the residuals are the last."""
+    x, y = data()
+    y = y + 20 * np.random.default_rng(1).normal(size=len(y))
+    alphas = [0.01, 10.0, 1000.0]
+    near, far = (PolynomialRidge(2, alphas).fit(x, y + level).predict(x) for level in (0, 1e9))
+    assert np.allclose(far - 1e9, near, rtol=0, atol=1e-5)
+    assert not np.allclose(near, PolynomialRidge(2, 0.01).fit(x, y).predict(x), rtol=0, atol=1e-3)
+
+
+def test_interactions_are_products_of_different_features() -> None:
+    x, y = data()
+    z = StandardScaler().fit_transform(x)
+    features = np.column_stack([z, z**2])
+    peer = make_pipeline(StandardScaler(), Ridge(1.0)).fit(features, y)
+    assert np.allclose(PolynomialRidge(2, 1.0, interactions=False).fit(x, y).predict(x), peer.predict(features))
