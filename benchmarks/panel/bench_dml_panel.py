@@ -23,6 +23,7 @@ from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from threadpoolctl import threadpool_limits
 
 from benchmarks._timing import Row, compare
+from peftref.panel.columns import Panel
 from peftref.panel.dgp import Simulated, dgp_fuhr_papies_2024
 from peftref.panel.dml_panel import PanelDML
 from peftref.panel.folds import Folds, make_folds
@@ -56,51 +57,68 @@ def learner(x: np.ndarray):
     return make_pipeline(fixed, PolynomialFeatures(3, include_bias=False), StandardScaler(), Ridge(1.0))
 
 
-def by_doubleml(data: Simulated, folds: Folds) -> dict[str, float]:
-    """The estimators that DoubleML has, on one dataset."""
-    frame, found = data.frame(), {}
-    means = frame.groupby("unit")[["x1", "w"]].transform("mean")
-    for name in PLR:
-        x = frame[["x1"]].to_numpy() if name == "pooled" else np.column_stack([frame["x1"], means["x1"], means["w"]])
-        model = learner(x)
-        peer = DoubleMLPLR(DoubleMLData.from_arrays(x, frame["y"].to_numpy(), frame["w"].to_numpy()), model, model)
-        peer.set_sample_splitting([(a.numpy(), b.numpy()) for a, b in folds.splits()])
-        found[name] = float(peer.fit().coef[0])
-    panel = DoubleMLPanelData(frame, "y", "w", "time", "unit", x_cols=["x1"], static_panel=True)
-    for name, approach in PLPR.items():
-        peer = DoubleMLPLPR(panel, Ridge(), Ridge(), approach=approach, n_folds=len(folds))
-        known = peer.data_transform
-        x = known.x if approach != "cre_normal" else np.column_stack([known.x, means["w"]])
-        peer = DoubleMLPLPR(panel, learner(x), learner(x), approach=approach, n_folds=len(folds))
-        unit_fold = dict(zip(data.panel.layout.unit.tolist(), folds.fold[0].tolist(), strict=True))
-        fold, units = np.array([unit_fold[u] for u in known.id_var]), np.array(list(unit_fold.values()))
-        rows = [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(len(folds))]
-        clusters = [([np.flatnonzero(units != k)], [np.flatnonzero(units == k)]) for k in range(len(folds))]
-        peer.set_sample_splitting([rows], [clusters])
-        found[name] = float(peer.fit().coef[0])
-    return found
+class Peer:
+    """The estimators that DoubleML has, on one dataset; tables, splits and learners are made before the clock runs."""
+
+    def __init__(self, data: Simulated, folds: Folds) -> None:
+        frame = data.frame()
+        means = frame.groupby("unit")[["x1", "w"]].transform("mean")
+        y, w, x = (frame[name].to_numpy() for name in ("y", "w", "x1"))
+        levels = {"pooled": x[:, None], "cre": np.column_stack([x, means["x1"], means["w"]])}
+        self.data = {name: DoubleMLData.from_arrays(z, y, w) for name, z in levels.items()}
+        self.learners = {name: learner(z) for name, z in levels.items()}
+        self.rows = [tuple(part.numpy() for part in split) for split in folds.splits()]
+        self.panel = DoubleMLPanelData(frame, "y", "w", "time", "unit", x_cols=["x1"], static_panel=True)
+        units, first = np.unique(data.panel.layout.unit.numpy(), return_index=True)
+        of_unit, every, self.splits = folds.fold[0].numpy()[first], range(len(folds)), {}
+        clusters = [tuple([np.flatnonzero((of_unit == k) == test)] for test in (False, True)) for k in every]
+        for name, approach in PLPR.items():
+            known = DoubleMLPLPR(self.panel, Ridge(), Ridge(), approach=approach, n_folds=len(folds)).data_transform
+            z = known.x if approach != "cre_normal" else np.column_stack([known.x, means["w"]])
+            fold = of_unit[np.searchsorted(units, known.id_var)]
+            rows = [tuple(np.flatnonzero((fold == k) == test) for test in (False, True)) for k in every]
+            self.learners[name], self.splits[name] = learner(z), ([rows], [clusters])
+
+    def __call__(self) -> dict[str, float]:
+        found = {}
+        for name in (*PLR, *PLPR):
+            model = self.learners[name]
+            if name in PLR:
+                peer = DoubleMLPLR(self.data[name], model, model, draw_sample_splitting=False)
+                peer.set_sample_splitting(self.rows)
+            else:
+                peer = DoubleMLPLPR(self.panel, model, model, approach=PLPR[name], n_folds=len(self.rows))
+                peer.set_sample_splitting(*self.splits[name])
+            found[name] = float(peer.fit().coef[0])
+        return found
 
 
-def study_row() -> Row:
-    """The study of the paper's Figure 4, one dataset for each of its cells."""
-    made = [dgp_fuhr_papies_2024(*cell, seeds=[i]) for i, cell in enumerate(CELLS)]
+def study_row(what: str, cells: list[tuple[str, str]], target: float | None) -> Row:
+    """Panels of the paper's Figure 4, one for each of these cells: ours in one batch, the peer's one after another."""
+    made = [dgp_fuhr_papies_2024(*cell, seeds=[i]) for i, cell in enumerate(cells)]
     splits = [make_folds(data.panel.layout, 5, "unit", seed=i) for i, data in enumerate(made)]
-    names = [*PLR, *PLPR]
+    names, layout = [*PLR, *PLPR], made[0].panel.layout
+    y, w, x = (torch.cat([data.panel[i] for data in made]) for i in range(3))
+    confounding, parameters = torch.cat([data.confounding for data in made]), made[0].parameters
+    batch = Simulated(Panel(y, w, x, layout), confounding, 1.0, parameters)
+    folds = Folds(torch.cat([one.fold for one in splits]), splits[0].keep, "unit")
+    peers = [Peer(data, one) for data, one in zip(made, splits, strict=True)]
 
-    def ours() -> list[dict[str, torch.Tensor]]:
-        return [estimate(names, data, folds, agg="dml2") for data, folds in zip(made, splits, strict=True)]
+    def ours() -> dict[str, torch.Tensor]:
+        return estimate(names, batch, folds, agg="dml2")
 
     def peer() -> list[dict[str, float]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return [by_doubleml(data, folds) for data, folds in zip(made, splits, strict=True)]
+            return [one() for one in peers]
 
-    for one, other in zip(ours(), peer(), strict=True):
+    found = ours()
+    for i, expected in enumerate(peer()):
         for name in names:
-            np.testing.assert_allclose(one[name].item(), other[name], rtol=1e-8, err_msg=name)
+            np.testing.assert_allclose(found[name][i].item(), expected[name], rtol=1e-8, err_msg=name)
     row = compare(
-        f"{len(CELLS)} panels of 500 x 10, {len(names)} estimators, 5 folds", ours, peer,
-        peer_name=f"{PEER}, the same learner", target=50.0, warmup=1, repeats=5,
+        f"{what} of 500 x 10, {len(names)} estimators, 5 folds", ours, peer,
+        peer_name=f"{PEER}, the same learner, one thread", target=target, warmup=1, repeats=5,
     )  # fmt: skip
     row["peer_peak_mb"] = numpy_peak_mb(peer)
     return row
@@ -169,13 +187,18 @@ def rows() -> list[Row]:
         torch.set_num_threads(1)
         try:
             return [
-                study_row(),
+                study_row("6 panels", CELLS, 50.0),
+                study_row("1 panel", CELLS[-1:], None),
                 error_row(10_000, 10),
                 scaling_row("1e4 to 1e5 rows, units", (1000, 10), (10_000, 10), 10, 0.5),
                 scaling_row("1e5 to 1e6 rows, units", (10_000, 10), (100_000, 10), 10, 0.5),
                 scaling_row("1e5 to 1e6 rows, periods", (1000, 100), (1000, 1000), 10, 0.5),
                 scaling_row(
                     f"{features(1)} to {features(4)} features", (1000, 10, 1), (1000, 10, 4), features(4) / features(1),
+                    None,
+                ),
+                scaling_row(
+                    f"{features(4)} to {features(8)} features", (1000, 10, 4), (1000, 10, 8), features(8) / features(4),
                     None,
                 ),
             ]  # fmt: skip

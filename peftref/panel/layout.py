@@ -145,8 +145,8 @@ def within(a: Tensor, layout: Layout, twoway: bool = False, dim: int = -1, tol: 
         layout: of the rows.
         twoway: units and periods.
         dim: the dimension of the rows.
-        tol: of the period effects in an unbalanced panel: the residual of their normal equations, relative to its
-            start.
+        tol: of the period effects in an unbalanced panel: the residual of their normal equations, relative to the
+            variation within units.
     """
     result = a - means(a, layout.unit, dim)
     if not twoway or not a.numel():
@@ -154,14 +154,15 @@ def within(a: Tensor, layout: Layout, twoway: bool = False, dim: int = -1, tol: 
     if layout.balanced:
         return result - means(result, layout.time, dim)  # the two projections commute: once is all
     units, periods = _Groups(a, layout.unit, layout.n_units, dim), _Groups(a, layout.time, layout.n_periods, dim)
+    result = result - units.means(result)  # again: the first means are rounded to the digits of a, not of its variation
     left = periods.means(result)
     # Period effects g with P_t (g - P_u g) = P_t (a - P_u a), P the means of units and of periods: on period effects
     # P_t (1 - P_u) is symmetric, and singular only where they cannot be told from unit effects.
     effects, direction, size = torch.zeros_like(a), left, _square(left, left, dim)
-    start = size
+    enough = tol**2 * _square(result, result, dim)
     for i in range(10_000):
         # Convergence is looked up now and then: each look makes the host wait for the device.
-        if i % 4 == 0 and not (size > tol**2 * start).any():
+        if i % 4 == 0 and not (size > enough).any():
             break
         image = periods.means(direction - units.means(direction))
         rate = _ratio(size, _square(direction, image, dim))
@@ -170,7 +171,7 @@ def within(a: Tensor, layout: Layout, twoway: bool = False, dim: int = -1, tol: 
         direction = left + _ratio(size, before) * direction
     else:
         raise RuntimeError(f"within: expected period effects within tol={tol}, got no convergence in 10000 steps")
-    result = a - effects
+    result = result - effects
     return result - units.means(result)
 
 

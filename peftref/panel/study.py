@@ -16,6 +16,7 @@ size of the chunks, the same seeds give the same numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import numpy as np
 import pandas as pd
@@ -114,7 +115,7 @@ def monte_carlo(
     seeds = list(seeds)
     if not seeds:
         raise ValueError("seeds: expected at least one, got none")
-    if chunk < 1:
+    if not isinstance(chunk, Integral) or chunk < 1:
         raise ValueError(f"chunk: expected an integer >= 1, got {chunk!r}")
 
     def run(some: Sequence[int]) -> np.ndarray:

@@ -147,7 +147,7 @@ def test_covariates_are_correlated_by_a_random_matrix() -> None:
     mixing = rng.normal(size=(3, 3))
     found = np.cov(noise(make(n_units=4000, seeds=[0]))[2].reshape(3, -1))
     assert_allclose(found, mixing.T @ mixing, atol=0.1 * np.trace(mixing.T @ mixing))
-    each = [np.cov(noise(make(n_units=40, seeds=[seed]))[2].reshape(3, -1)) for seed in range(400)]
+    each = [np.cov(x) for x in make(n_units=40, seeds=range(400)).panel.x.numpy()]
     assert_allclose(np.mean(each, 0), 3 * np.eye(3), atol=0.6)  # E A'A = J I
 
 

@@ -131,6 +131,18 @@ def test_two_ways_of_panels_that_fall_apart() -> None:
     assert within(torch.full((1, 9), torch.nan), layout, twoway=True).isnan().all()  # and comes to an end
 
 
+@pytest.mark.parametrize("share", [0.2, 0.7])
+@pytest.mark.parametrize("level", [1e4, 1e6, 1e9])
+def test_two_ways_far_from_zero(level: float, share: float) -> None:
+    """Unit means are rounded to the digits of the level, and no period effect can undo that."""
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        keep = rng.random(120) < share
+        layout = Layout.of(np.repeat(np.arange(15), 8)[keep], np.tile(np.arange(8), 15)[keep])
+        a = torch.from_numpy(level + rng.normal(size=(1, len(layout))))
+        assert np.allclose(within(a, layout, twoway=True), on_dummies(a - level, layout), rtol=0, atol=1e-10)
+
+
 @given(seed=st.integers(0, 10_000), twoway=st.booleans())
 @settings(max_examples=20, deadline=None)
 def test_the_order_of_rows_does_not_matter(seed: int, twoway: bool) -> None:

@@ -211,6 +211,7 @@ def test_bias_of_a_pooled_estimate(delta: float) -> None:
         ({"estimators": ["cre", "fd"], "twoway": True}, "twoway: expected False for the estimator 'fd', got True"),
         ({"seeds": []}, "seeds: expected at least one, got none"),
         ({"chunk": 0}, "chunk: expected an integer >= 1, got 0"),
+        ({"chunk": 2.5}, "chunk: expected an integer >= 1, got 2.5"),
         ({"scheme": "rows"}, "scheme: expected one of"),
         ({"folds": 1}, "folds: expected an integer >= 2"),
         ({"learner": PolynomialRidge(0)}, "degree: expected an integer >= 1, got 0"),
