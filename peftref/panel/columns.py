@@ -73,8 +73,9 @@ def read_panel(
     if x is None and estimator not in NO_COVARIATES:
         raise TypeError(f"x: expected covariates for the estimator {estimator!r}, got None")
     given = {"y": y, "w": w, "unit": unit, "time": time} | ({} if x is None else {"x": x})
-    if missing := [name for name, column in given.items() if column is None]:
-        raise TypeError(f"{missing[0]}: expected a column, got None")
+    for name, column in given.items():
+        if column is None or np.ndim(column) == 0:  # the name of a column is not a column
+            raise TypeError(f"{name}: expected a column, got {column!r}")
     lengths = {name: len(column) for name, column in given.items()}
     if len(set(lengths.values())) > 1 or not len(y):
         raise ValueError(f"{', '.join(given)}: expected equal, positive lengths, got {lengths}")
@@ -82,7 +83,8 @@ def read_panel(
     for name, index in indexed.items():
         if not index.equals(first := next(iter(indexed.values()))):
             raise ValueError(f"{name}: expected the index of the other columns, {first[:3]}..., got {index[:3]}...")
-    frame = Frame(next(iter(indexed.values()), pd.RangeIndex(len(y))), str(getattr(w, "name", None) or "w"))
+    own_name = getattr(w, "name", None)
+    frame = Frame(next(iter(indexed.values()), pd.RangeIndex(len(y))), "w" if own_name is None else str(own_name))
     table = [_numbers("y", y), _numbers("w", w)]
     names = []
     if x is not None and estimator not in NO_COVARIATES:
@@ -106,7 +108,11 @@ def read_panel(
 
 def _numbers(name: str, column: Any) -> np.ndarray:
     try:
-        if np.asarray(column).dtype.kind in "mMc":  # NumPy would take dates for nanoseconds, and drop imaginary parts
+        raw = np.asarray(column)
+        # NumPy would take dates for nanoseconds, categories and digits in strings for amounts, and drop imaginary parts
+        if raw.dtype.kind in "mMcUS" or isinstance(getattr(column, "dtype", None), pd.CategoricalDtype):
+            raise TypeError
+        if raw.dtype.kind == "O" and any(isinstance(value, str) for value in raw.flat):
             raise TypeError
         values = np.asarray(column, dtype=np.float64)
     except (TypeError, ValueError) as error:

@@ -18,8 +18,8 @@ The estimators differ in what the learner may know of a unit, z, and in where me
 (and X), ``fe_only`` (Y on W within units) and ``fe`` (and X), which split nothing.
 
 The paper fits DML1 and reports no standard errors; by default we solve DML2 with whole units in a fold and errors
-clustered by unit, as DoubleML does (:mod:`peftref.panel.inference`). Its ``early`` leaves the grand mean out, which a
-learner with an intercept does not notice.
+clustered by unit, as DoubleML does (:mod:`peftref.panel.inference`). ``early`` leaves the grand mean out, as the paper
+does; DoubleML adds it back, which a learner with an intercept does not notice, but the IV-type score, slightly, does.
 
 For a binary treatment ``model="irm"`` estimates the average effect without a linear model (eq-dml_panel-aipw),
 
@@ -153,11 +153,11 @@ class PanelDML(BaseEstimator):
             raise ValueError(f"folds: expected {len(panel.layout)} rows, got {folds.fold.shape[1]}")
         elif any(row.unique().tolist() != list(range(len(folds))) for row in folds.fold):
             raise ValueError(f"folds: expected rows in each of the folds 0 to {len(folds) - 1}")
+        weights = row_weights(panel.layout, folds, self.cluster)
         if self.model == "irm":
             psi_a, psi_b, u, v = self._interactive(panel, folds)
         else:
             psi_a, psi_b, u, v = self._partially_linear(panel, folds)
-        weights = row_weights(panel.layout, folds, self.cluster)
         self.coefs_ = solve(psi_a, psi_b, weights, folds, self.agg)
         self.ses_ = standard_error(psi_a * self.coefs_.unsqueeze(1) + psi_b, psi_a, panel.layout, folds, self.cluster)
         self.coef_, self.se_ = over_repeats(self.coefs_, self.ses_)
@@ -171,7 +171,7 @@ class PanelDML(BaseEstimator):
         if not 0 < level < 1:
             raise ValueError(f"level: expected a number in (0, 1), got {level}")
         check_is_fitted(self)
-        ends = {f"{100 * q:.3g} %": self.coef_ + norm.ppf(q) * self.se_ for q in ((1 - level) / 2, (1 + level) / 2)}
+        ends = {f"{100 * q:.6g} %": self.coef_ + norm.ppf(q) * self.se_ for q in ((1 - level) / 2, (1 + level) / 2)}
         return pd.DataFrame(ends, index=[self._name])
 
     def summary(self) -> pd.DataFrame:
@@ -219,7 +219,7 @@ class PanelDML(BaseEstimator):
         """The cross-fit with our learner in one go, or with any other, model by model."""
         learner = PolynomialRidge() if self.learner is None else self.learner
         learner_w = learner if self.learner_w is None else self.learner_w
-        if isinstance(learner, PolynomialRidge) and self.learner_w is None:
+        if type(learner) is PolynomialRidge and self.learner_w is None:  # a subclass may learn in its own way
             return lambda z, targets, folds, **more: crossfit(z, targets, folds, learner, **more)
         both = (learner, learner_w)
         return lambda z, targets, folds, **more: crossfit_sklearn(z, targets, folds, both, n_jobs=self.n_jobs, **more)

@@ -40,7 +40,11 @@ CRITICAL = 1.96  # DoubleML's value
 
 
 def row_weights(layout: Layout, folds: Folds, cluster: str | None) -> Tensor:
-    """The weights :math:`\\omega` of the rows, ``(R, n)``; constant where folds cut through the clusters."""
+    """The weights :math:`\\omega` of the rows, ``(R, n)``; constant where folds may cut through the clusters.
+
+    Raises:
+        ValueError: folds that cut through units (or periods) although their scheme says that they do not.
+    """
     fold, k = folds.fold, len(folds)
     if cluster == "unit" and folds.scheme == "unit":
         return 1 / _members(fold, layout.unit, k, layout.n_units).gather(1, fold)
@@ -112,14 +116,19 @@ def _sums(psi: Tensor, fold: Tensor, code: Tensor, k: int, size: int) -> Tensor:
 
 
 def _members(fold: Tensor, code: Tensor, k: int, size: int) -> Tensor:
-    """How many different codes each fold has, ``(R, K)``."""
+    """How many different codes each fold has, ``(R, K)``; each code is in one fold."""
     present = torch.zeros(len(fold), k * size, dtype=torch.bool, device=fold.device)
-    return present.scatter_(1, fold * size + code, True).view(-1, k, size).sum(-1).double()
+    members = present.scatter_(1, fold * size + code, True).view(-1, k, size).sum(-1)
+    if not (members.sum(1) == size).all():
+        raise ValueError("folds: expected all rows of a unit (or period) in one fold, as their scheme says")
+    return members.double()
 
 
 def _cells(layout: Layout, folds: Folds) -> tuple[Tensor, Tensor]:
     """How many units and how many periods the row and the column of each of the K x K folds have, ``(R, K^2)``."""
     k = round(len(folds) ** 0.5)
+    if k * k != len(folds):
+        raise ValueError(f"folds: expected K x K of them for two kinds of clusters, got {len(folds)}")
     units = _members(folds.fold // k, layout.unit, k, layout.n_units)
     periods = _members(folds.fold % k, layout.time, k, layout.n_periods)
     return units.repeat_interleave(k, 1), periods.repeat(1, k)

@@ -43,13 +43,14 @@ Fit = Callable[..., Tensor]  # crossfit or crossfit_sklearn, with its learner
 
 
 def transform(estimator: str, panel: Panel, twoway: bool = False) -> Panel:
-    """The panel that an estimator learns from: within units for ``early``, differences for ``fd``, else as it is.
+    """The panel that an estimator learns from: within units for ``early`` (and ``fe``, ``fe_only``), differences for
+    ``fd``, else as it is.
 
     Raises:
         ValueError: for ``fd``, no rows in consecutive periods, or a treatment with constant differences.
     """
     y, w, x, layout = panel
-    if estimator == "early":
+    if estimator in ("early", "fe", "fe_only"):
         return Panel(*(within(t, layout, twoway) for t in (y, w, x)), layout)
     if estimator == "fd":
         now, before = layout.consecutive()

@@ -61,8 +61,10 @@ def panel_ols(y: Any, x: Any, unit: Any, time: Any, *, effects: str = "pooled", 
         twoway: with "fixed", periods too.
 
     Returns:
-        Columns ``coef``, ``std err`` (equal variances, n - k degrees of freedom) and ``clustered`` (by unit, without a
-        small-sample factor), a row for each regressor.
+        Columns ``coef``, ``std err`` and ``clustered``, a row for each regressor. ``std err`` assumes equal variances
+        and has n - k degrees of freedom, as in linearmodels: k counts the intercept and the fixed effects, N of units
+        and T - 1 of periods. ``clustered``, by unit, has no small-sample factor (linearmodels multiplies the variance
+        by n / (n - k), where k leaves the fixed effects out).
 
     Raises:
         ValueError: unknown effects, regressors that determine each other or leave no degrees of freedom, or columns
@@ -107,13 +109,22 @@ def panel_ols(y: Any, x: Any, unit: Any, time: Any, *, effects: str = "pooled", 
 
 def _quasi(y: Tensor, x: Tensor, layout: Layout) -> Tensor:
     """The share of its unit's mean to take from each row: 1 - sqrt(s_e^2 / (s_e^2 + T_i s_u^2)), Swamy and Arora."""
-    if layout.n_units <= len(x):
-        raise ValueError(f"unit: expected more units than coefficients, got {layout.n_units} for {len(x)}")
-    dy, dx = within(y, layout), within(x, layout)
-    dx = dx[dx.abs().amax(1) > 1e-10 * x.abs().amax(1)]
-    inner = project_out(dy[None], dx).square().sum() / (len(y) - layout.n_units - len(dx))
     counts = layout.counts().double()
+    largest = x.abs().amax(1)
+
+    def unexplained(y: Tensor, x: Tensor, rows: int, what: str) -> Tensor:
+        """The variance that least squares leaves. Regressors count by their rank: in a balanced panel, say, the units'
+        means of period dummies repeat the intercept."""
+        x = x[x.abs().amax(1) > 1e-10 * largest]
+        scaled = x / x.square().mean(1, keepdim=True).sqrt()
+        rank = int(torch.linalg.matrix_rank(scaled @ scaled.T, hermitian=True, rtol=1e-11)) if len(x) else 0
+        if rows <= rank:
+            raise ValueError(f"{what} than coefficients, got {rows} for {rank}")
+        return project_out(y[None], x).square().sum() / (rows - rank)
+
+    more = "unit: expected more rows (beyond one for each unit)"
+    inner = unexplained(within(y, layout), within(x, layout), len(y) - layout.n_units, more)
     by, bx = (group_sums(t, layout.unit, layout.n_units) / counts for t in (y, x))
-    between = project_out(by[None], bx).square().sum() / (layout.n_units - len(bx))
-    unit = (between - inner / (len(counts) / (1 / counts).sum())).clamp(min=0)
+    between = unexplained(by, bx, layout.n_units, "unit: expected more units")
+    unit = (between - inner * (1 / counts).mean()).clamp(min=0)
     return (1 - (inner / (inner + counts * unit)).sqrt())[layout.unit]

@@ -91,8 +91,31 @@ def test_missing_and_infinite(column: str, value: float) -> None:
 
 def test_missing_values_of_nullable_columns() -> None:
     data = frame()
-    with pytest.raises((ValueError, TypeError), match="^w: expected"):
-        read(data, w=data["w"].astype("Float64").where(data["w"] > 0))
+    missing = int((data["w"] <= 0).sum())
+    for column in (data["w"].astype("Float64"), (data["w"] * 9).round().astype("Int64"), data["w"].astype(object)):
+        with pytest.raises(ValueError, match=f"^w: expected finite numbers, got {missing} that"):
+            read(data, w=column.where(data["w"] > 0, None))
+
+
+@pytest.mark.parametrize("kind", ["category", "digits", "mixed", "string"])
+def test_codes_are_not_amounts(kind: str) -> None:
+    data = frame()
+    code = pd.Series(np.arange(12) % 4, index=data.index)
+    column = {
+        "category": code.astype("category"), "digits": code.astype(str), "string": code.astype("string"),
+        "mixed": code.astype(object).where(code > 0, "0"),
+    }[kind]  # fmt: skip
+    with pytest.raises(TypeError, match="^w: expected numbers"):
+        read(data, w=column)
+    with pytest.raises(TypeError, match=r"^x\['region'\]: expected numbers"):
+        read(data, x=data[["x"]].assign(region=column))
+    read(data, w=code)
+
+
+def test_name_of_the_treatment() -> None:
+    data = frame()
+    for name, shown in ((None, "w"), ("dose", "dose"), (0, "0")):
+        assert read(data, w=data["w"].rename(name))[1].name == shown
 
 
 @pytest.mark.parametrize(
@@ -100,6 +123,8 @@ def test_missing_values_of_nullable_columns() -> None:
     [
         (TypeError, "^x: expected covariates", {"x": None}),
         (TypeError, "^time: expected a column", {"time": None}),
+        (TypeError, "^y: expected a column, got 'y'", {"y": "y"}),
+        (TypeError, "^w: expected a column, got 3.0", {"w": 3.0}),
         (TypeError, "^w: expected numbers", {"w": pd.Series(list("abcdefghijkl"), index=frame().index)}),
         (ValueError, "expected equal, positive lengths", {"y": frame()["y"].iloc[:5]}),
         (ValueError, "^time: expected the index of the other", {"time": frame()["time"].reset_index(drop=True)}),

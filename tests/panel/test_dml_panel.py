@@ -84,6 +84,41 @@ def test_equals_the_loops(estimator: str, by: str) -> None:
                 assert_allclose(numbers(found), expected, rtol=1e-8, err_msg=f"{score} {agg} {cluster}")
 
 
+def as_rows(df: pd.DataFrame, folds: list) -> list[dict]:
+    rows = zip(df.itertuples(), folds, strict=True)
+    return [{"unit": r.unit, "time": r.time, "y": r.y, "w": r.w, "x": [r.x1, r.x2], "fold": k} for r, k in rows]
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("estimator", ["pooled", "cre", "late", "cre_general", "early"])
+def test_equals_the_loops_clustered_by_unit_and_period(estimator: str, score: str) -> None:
+    df = table(12, 6, balanced=False, seed=3)
+    folds = make_folds(Layout.of(df["unit"], df["time"]), 2, "product", seed=1)
+    rows = as_rows(df, [(k // 2, k % 2) for k in folds.fold[0].tolist()])
+    found = fit(df, estimator, score=score, folds=folds, cluster="twoway")
+    assert_allclose(numbers(found), naive.effect(rows, estimator, score, "dml2", "twoway"), rtol=1e-8)
+
+
+def test_equals_the_loops_over_splits() -> None:
+    df = table(10, 4, balanced=False)
+    folds = make_folds(Layout.of(df["unit"], df["time"]), 3, repeats=4)
+    pairs = [naive.effect(as_rows(df, fold.tolist()), "cre") for fold in folds.fold]
+    found = fit(df, folds=folds)
+    assert_allclose(torch.stack((found.coefs_, found.ses_), 1), pairs, rtol=1e-8)
+    assert_allclose(numbers(found), naive.over_splits(pairs), rtol=1e-8)
+
+
+@pytest.mark.parametrize("estimator", ["pooled", "cre", "cre_normal"])
+def test_equals_the_loops_of_the_interactive_model(estimator: str) -> None:
+    df = table(24, 5, binary=True)
+    folds = make_folds(Layout.of(df["unit"], df["time"]), 3)
+    settings_ = {"learner": LinearRegression(), "learner_w": LogisticRegression(C=2.0, tol=1e-12, max_iter=10_000)}
+    for clip in (0.01, 0.3):
+        found = fit(df, estimator, model="irm", folds=folds, clip=clip, **settings_)
+        expected = naive.average_effect(as_rows(df, folds.fold[0].tolist()), estimator, clip, 2.0)
+        assert_allclose(numbers(found), expected, rtol=1e-5)
+
+
 # -- what must be equal
 
 
@@ -172,6 +207,29 @@ def test_more_effect_is_more_effect(estimator: str, score: str) -> None:
     assert_allclose(after.coef_, before.coef_ + 2.5, rtol=1e-9)
     if score == "partialling out":
         assert_allclose(after.se_, before.se_, rtol=1e-7)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_units_of_measurement(estimator: str, score: str) -> None:
+    df = table(balanced=False)
+    more = {
+        "learner": PolynomialRidge(2, 0.5),
+        "score": score,
+        "scheme": "random" if estimator == "dummies" else "unit",
+    }
+    plain = np.array(numbers(fit(df, estimator, **more)))
+    assert_allclose(numbers(fit(df.assign(y=df["y"] * -1e4), estimator, **more)), plain * [-1e4, 1e4], rtol=1e-7)
+    assert_allclose(numbers(fit(df.assign(w=df["w"] * 1e-3), estimator, **more)), plain * 1e3, rtol=1e-7)
+    scaled = df.assign(x1=df["x1"] * 1e5 + 3, x2=-df["x2"])  # what a learner knows does not depend on its units
+    assert_allclose(numbers(fit(scaled, estimator, **more)), plain, rtol=1e-7)
+
+
+@pytest.mark.parametrize("estimator", ["early", "fe", "fe_only", "fd"])
+def test_units_that_differ_widely(estimator: str) -> None:
+    df = table(balanced=False)
+    far = df.assign(w=df["w"] + 1e7 * np.random.default_rng(0).normal(size=20)[df["unit"]])
+    assert_allclose(numbers(fit(far, estimator)), numbers(fit(df, estimator)), rtol=1e-6)
 
 
 @settings(max_examples=5, deadline=None)
@@ -341,7 +399,8 @@ def test_a_classifier_for_the_treatment() -> None:
     assert w.abs().max() < 1 and (np.sign(w) == np.where(df["w"] == 1, 1, -1)).all()  # W less a probability
     assert 0 < model.coef_ < 1.5 and model.coef_ != fit(df).coef_
     shifted = fit(df, "cre_general", learner_w=LogisticRegression()).residuals_["w", 0]
-    assert_allclose(shifted.groupby(df["unit"]).mean(), 0, atol=1e-12)  # and is not clipped after the shift
+    assert_allclose(shifted.groupby(df["unit"]).mean(), 0, atol=1e-12)
+    assert not (df["w"] - shifted).between(0, 1).all()  # the shifted prediction is not clipped
 
 
 def test_interval_and_summary() -> None:
@@ -352,6 +411,7 @@ def test_interval_and_summary() -> None:
     assert_allclose(row[["2.5 %", "97.5 %"]], model.coef_ + np.array([-1, 1]) * 1.959963985 * model.se_, rtol=1e-9)
     assert_allclose(ends, model.coef_ + np.array([-1, 1]) * 1.644853627 * model.se_, rtol=1e-9)
     assert_allclose(row["t"], row["coef"] / row["std err"])
+    assert list(model.confint(0.999)) == ["0.05 %", "99.95 %"]
     for level in (0, 1, 95):
         with pytest.raises(ValueError, match="level"):
             model.confint(level)
@@ -402,6 +462,24 @@ def test_arrays_and_lists() -> None:
     assert numbers(model) == numbers(fit(df)) and list(model.summary().index) == ["w"]
     named = PanelDML("cre", OLS).fit(df["y"], df["w"].rename("dose"), *columns[2:])
     assert list(named.summary().index) == ["dose"]
+
+
+@pytest.mark.parametrize("kind", ["float32", "nullable", "whole"])
+@pytest.mark.parametrize("estimator", ["cre", "fe", "late", "fd"])
+def test_types_of_columns(estimator: str, kind: str) -> None:
+    df = table(balanced=False)
+    values = ["y", "w", "x1", "x2"]
+    if kind == "float32":
+        given_, plain = df.astype(dict.fromkeys(values, "float32")), df.astype(dict.fromkeys(values, "float32"))
+        plain = plain.astype(dict.fromkeys(values, "float64"))
+        given_[["unit", "time"]] = df[["unit", "time"]].astype("float32")
+    elif kind == "nullable":
+        given_, plain = df.convert_dtypes(), df
+        given_["unit"] = given_["unit"].astype("string").str.zfill(2).astype("category")
+    else:  # integers and truth values
+        plain = df.assign(w=(2 * df["w"]).round(), x1=(df["x1"] > 0) * 1.0, x2=(3 * df["x2"]).round())
+        given_ = plain.astype({"w": "int16", "x1": "bool", "x2": "Int64"})
+    assert numbers(fit(given_, estimator)) == numbers(fit(plain, estimator))
 
 
 def test_covariates_of_one_name_are_two_covariates() -> None:
@@ -558,8 +636,31 @@ def test_settings_that_do_not_exist(setting: dict) -> None:
         fit(table(), **({"learner": OLS} | setting))
 
 
+def test_folds_that_are_not_what_they_say() -> None:
+    df = table()
+    row = torch.arange(100)[None]
+    for k, scheme, cluster in ((5, "unit", "unit"), (4, "product", "twoway"), (5, "product", "twoway")):
+        with pytest.raises(ValueError, match="folds: expected"):
+            fit(df, folds=Folds(row % k, ~torch.eye(k, dtype=torch.bool), scheme), cluster=cluster, learner=Broken())
+    fit(df, folds=Folds(row % 5, ~torch.eye(5, dtype=torch.bool)))  # these claim nothing
+
+
+def test_a_learner_made_from_ours_learns_in_its_own_way() -> None:
+    class Half(PolynomialRidge):
+        def predict(self, X: np.ndarray) -> np.ndarray:  # noqa: N803
+            return super().predict(X) / 2
+
+    df = table()
+    assert fit(df, "pooled", Half(1, 0.0)).coef_ != fit(df, "pooled", OLS).coef_
+    assert_allclose(fit(df, "pooled", Half(1, 0.0)).residuals_["y", 0],
+                    (fit(df, "pooled", OLS).residuals_["y", 0] + df["y"]) / 2, rtol=1e-9)  # fmt: skip
+
+
 def test_what_is_not_a_number() -> None:
     df = table()
+    for x in (df[["x1"]].assign(x2=pd.Categorical(df["time"])), df[["x1"]].assign(x2=df["time"].astype(str))):
+        with pytest.raises(TypeError, match=r"x\['x2'\]: expected numbers"):
+            PanelDML("cre", OLS).fit(df["y"], df["w"], x, df["unit"], df["time"])
     dates = pd.Series(pd.to_datetime("2020-01-01") + pd.to_timedelta(df["time"] + df["unit"], "D"))
     for w in (dates, dates - dates[0], df["w"] + 1j):
         with pytest.raises(TypeError, match="w: expected numbers"):

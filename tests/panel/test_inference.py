@@ -181,6 +181,24 @@ def test_without_folds_it_is_the_sandwich() -> None:
     assert_close(theta, -b.sum(1) / a.sum(1), rtol=1e-12, atol=0.0)
 
 
+def test_folds_that_cut_what_their_scheme_keeps_together() -> None:
+    layout = layout_of(10, 4)
+    row, unit = torch.arange(40)[None], layout.unit[None]
+    a, b = scores(40)
+    for cluster, scheme, fold, k in (
+        ("unit", "unit", row % 5, 5),
+        ("unit", "unit", torch.cat((unit % 5, torch.where(row == 7, (unit + 1) % 5, unit % 5))), 5),  # a row astray
+        ("twoway", "product", row % 4, 4),
+        ("twoway", "product", unit % 5, 5),  # not K x K
+    ):
+        folds = Folds(fold, ~torch.eye(k, dtype=torch.bool), scheme)
+        with pytest.raises(ValueError, match="^folds: expected"):
+            row_weights(layout, folds, cluster)
+        with pytest.raises(ValueError, match="^folds: expected"):
+            standard_error(a, a, layout, folds, cluster)
+        assert torch.isfinite(row_weights(layout, folds, None)).all()
+
+
 # -- repeated splits
 
 

