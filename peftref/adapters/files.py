@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from .contract import KINDS, Adapter
 from .core import adapters, build, install
-from .finding import find
+from .finding import bare, find, named
 
 __all__ = ["config", "load", "save", "state"]
 
@@ -130,7 +130,7 @@ def load(model: nn.Module, path: str | Path, name: str = "default", *, freeze: b
     places, tensors = _tensors(new), load_file(folder / "adapter_model.safetensors")
     found = {
         "missing": sorted(places.keys() - tensors.keys()),
-        "unexpected": sorted(tensors.keys() - places.keys()),
+        "unexpected": sorted(tensors.keys() - places.keys() - _of_the_base(model, tensors)),
         "shapes": [
             f"{k} {tuple(tensors[k].shape)} for {tuple(t.shape)}"
             for k, t in places.items()
@@ -156,6 +156,17 @@ def _tensors(found: Mapping[str, Adapter]) -> dict[str, Tensor]:
         for key, t in adapter.state_dict(keep_vars=True).items()
         if not (id(t) in seen or seen.add(id(t)))
     }
+
+
+def _of_the_base(model: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
+    """PEFT may write an adapted head's frozen weight beside its adapter: harmless where it is this model's own."""
+    own = {
+        f"{PREFIX}{n}.{inside}{key}": p
+        for n, module in named(model).items()
+        for key, p in bare(module).named_parameters(recurse=False)
+        for inside in ("", "base_layer.")
+    }
+    return {key for key, t in tensors.items() if key in own and torch.equal(t, own[key].detach().cpu().to(t.dtype))}
 
 
 def _kind(peft_type: str | None) -> type[Adapter]:

@@ -9,7 +9,7 @@ Traceback (most recent call last):
 TypeError: targets: expected a Linear, Conv2d or Conv1D, got out.1, a ReLU; name other targets or exclude it
 >>> find(nn.MultiheadAttention(4, 2), ["out_proj"])
 Traceback (most recent call last):
-ValueError: targets: expected layers that are called, got out_proj, whose weights MultiheadAttention uses itself, ...
+ValueError: targets: expected layers that are called, got out_proj (in a MultiheadAttention), whose weights are used ...
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ from torch import nn
 from .contract import Host
 from .layers import bypassed, refusal
 
-__all__ = ["find", "matches", "named", "swap"]
+__all__ = ["bare", "find", "matches", "named", "swap"]
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """The frozen module of a host; any other module as it is."""
+    return module.base_layer if isinstance(module, Host) else module
 
 
 def named(model: nn.Module) -> dict[str, nn.Module]:
@@ -55,23 +60,27 @@ def find(
         if n and any(map(hit, aliases[id(m)])) and not any(map(out, aliases[id(m)]))
     }
     if not found:
-        some = [n for n, m in named(model).items() if n and refusal(_bare(m)) is None]
+        some = [n for n, m in named(model).items() if n and refusal(bare(m)) is None]
         listed = repr(some) if len(some) <= 8 else f"{some[:8]} and {len(some) - 8} more"
         raise ValueError(f"targets: expected names of layers, of which there are {listed}, got {targets!r}")
     for n, m in found.items():
-        if not any_module and (why := refusal(_bare(m))):
+        if not any_module and (why := refusal(bare(m))):
             raise TypeError(
                 f"targets: expected a Linear, Conv2d or Conv1D, got {n}, {why}; name other targets or exclude it"
             )
-    of = {alias: n for n, m in found.items() for alias in aliases[id(m)]}
-    for prefix, parent in _walk(model):
-        for attr in bypassed(type(_bare(parent))):
-            if (n := f"{prefix}.{attr}" if prefix else attr) in of:
-                raise ValueError(
-                    f"targets: expected layers that are called, got {n}, whose weights {type(_bare(parent)).__name__} "
-                    "uses itself, so that an adapter could be passed over; name other targets or exclude it"
-                )
-    return {n: _bare(m) for n, m in found.items()}
+    of = {alias for m in found.values() for alias in aliases[id(m)]}
+    passed_over = {
+        f"{n} (in a {type(bare(parent)).__name__})"
+        for prefix, parent in _walk(model)
+        for attr in bypassed(type(bare(parent)))
+        if (n := f"{prefix}.{attr}" if prefix else attr) in of
+    }
+    if passed_over:
+        raise ValueError(
+            f"targets: expected layers that are called, got {', '.join(sorted(passed_over))}, whose weights are used "
+            "without a call, so that an adapter could be passed over; name other targets or exclude them"
+        )
+    return {n: bare(m) for n, m in found.items()}
 
 
 def swap(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
@@ -90,7 +99,7 @@ def matches(label: str, wanted: str | Iterable[str], model: nn.Module) -> Callab
             return {
                 n
                 for n, m in named(model).items()
-                if (isinstance(_bare(m), nn.Linear) or type(_bare(m)).__name__ == "Conv1D") and m is not embeddings
+                if (isinstance(bare(m), nn.Linear) or type(bare(m)).__name__ == "Conv1D") and m is not embeddings
             }.__contains__
         try:
             return re.compile(wanted).fullmatch
@@ -102,12 +111,8 @@ def matches(label: str, wanted: str | Iterable[str], model: nn.Module) -> Callab
     return lambda n: any(n == end or n.endswith("." + end) for end in ends)
 
 
-def _bare(module: nn.Module) -> nn.Module:
-    return module.base_layer if isinstance(module, Host) else module
-
-
 def _walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     yield name, module
-    for attr, child in _bare(module)._modules.items():
+    for attr, child in bare(module)._modules.items():
         if child is not None:
             yield from _walk(child, f"{name}.{attr}" if name else attr)
