@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -82,17 +82,17 @@ ALL = ("linear", "odd", "conv1d", "conv2d", "circular", "pointwise")
 
 @dataclass
 class Method:
-    """A row: the class, its options, the layers of ``LAYERS`` that it is for, and what its files do not keep."""
+    """A row: the class, its options, the layers it is for; ``extra()`` makes what its files do not keep."""
 
     kind: type[Adapter]
     options: dict[str, Any]
     layers: tuple[str, ...] = ALL
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: Callable[[], dict[str, Any]] = dict
 
 
 METHODS = {
     "lora": Method(LoRA, {"r": 2, "lora_alpha": 3}),
-    "rslora": Method(LoRA, {"r": 3, "lora_alpha": 2, "use_rslora": True}, ("linear", "conv2d")),
+    "rslora": Method(LoRA, {"r": 3, "lora_alpha": 2, "use_rslora": True}, ("conv2d", "linear")),
     "sequential": Method(Sequential, {"r": 2, "scale": 0.5}),
     "bottleneck": Method(Bottleneck, {"r": 3}, ("linear", "odd", "conv2d")),
     "whole": Method(Whole, {"r": 2}, ("block",)),
@@ -132,7 +132,7 @@ def adapted(
 ) -> tuple[Pair, Tensor]:
     """A model with adapters that are no longer the identity, and three inputs."""
     model, row = pair(layer, bias, dtype), METHODS[method]
-    inject(model, row.kind, ["a", "b"], name=name, **row.options, **row.extra)
+    inject(model, row.kind, ["a", "b"], name=name, **row.options, **row.extra())
     shake(model, name)
     return model, inputs(layer, dtype)
 
@@ -169,7 +169,7 @@ def test_the_start_changes_nothing(method: str, layer: str, bias: bool, dtype: t
     leads = [(), (3,), (0,)] if conv else [(), (3,), (2, 3), (0,), (2, 1, 2)]
     xs = [inputs(layer, dtype, lead) for lead in leads]
     before, weights = [model(x) for x in xs], bits(model)
-    assert inject(model, row.kind, ["a", "b"], **row.options, **row.extra) == ["a", "b"]
+    assert inject(model, row.kind, ["a", "b"], **row.options, **row.extra()) == ["a", "b"]
     for x, y in zip(xs, before, strict=True):
         assert model(x).dtype == dtype and torch.equal(model(x), y)
     wide = torch.promote_types(dtype, torch.float32)
@@ -183,7 +183,7 @@ def test_the_start_changes_nothing(method: str, layer: str, bias: bool, dtype: t
 @each
 def test_a_step_moves_the_adapter_alone(method: str, layer: str, bias: bool) -> None:
     model, row = pair(layer, bias), METHODS[method]
-    inject(model, row.kind, ["a", "b"], **row.options, **row.extra)
+    inject(model, row.kind, ["a", "b"], **row.options, **row.extra())
     before, start = frozen(model), {n: p.clone() for n, p in model.named_parameters() if p.requires_grad}
     x = inputs(layer)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -263,7 +263,7 @@ def test_merging_twice_and_changing_what_is_merged_are_refused(method: str, laye
     for call in (
         lambda: merge(model),
         lambda: activate(model),
-        lambda: inject(model, row.kind, ["a"], name="other", **row.options, **row.extra),
+        lambda: inject(model, row.kind, ["a"], name="other", **row.options, **row.extra()),
     ):
         with pytest.raises(RuntimeError, match="not merged, got a merged one; unmerge it first"):
             call()
@@ -288,7 +288,7 @@ def test_a_broken_adapter_does_not_break_the_base(method: str, layer: str, bias:
 def test_two_adapters_add_in_any_order(method: str, layer: str, bias: bool) -> None:
     model, x = adapted(method, layer, bias, torch.float64)
     row = METHODS[method]
-    inject(model, row.kind, ["a", "b"], name="second", **row.options, **row.extra)
+    inject(model, row.kind, ["a", "b"], name="second", **row.options, **row.extra())
     shake(model, "second", seed=5)
     increments = []
     y0 = model.a.base_layer(x)
@@ -328,7 +328,7 @@ def test_saved_and_loaded_it_is_the_same(method: str, layer: str, bias: bool, tm
     save(model, tmp_path)
     assert bits(model) == before
     other = pair(layer, bias)
-    assert load(other, tmp_path, name="elsewhere", **METHODS[method].extra) == ["a", "b"]
+    assert load(other, tmp_path, name="elsewhere", **METHODS[method].extra()) == ["a", "b"]
     assert torch.equal(other(x), model(x))
     again = tmp_path / "again"
     save(other, again, name="elsewhere")
@@ -361,7 +361,7 @@ def test_copies_and_pickles_are_independent(method: str, layer: str, bias: bool)
 
 @pytest.mark.parametrize(
     ("method", "layer"),
-    [(m, layer) for m, row in METHODS.items() for layer in dict.fromkeys([row.layers[0], row.layers[-1]])],
+    [(m, row.layers[0]) for m, row in METHODS.items()],
 )
 def test_compiles_in_one_graph(method: str, layer: str) -> None:
     torch.compiler.reset()
@@ -404,7 +404,7 @@ def test_layers_in_two_places_and_weights_in_two_layers(method: str, layer: str,
     torch.manual_seed(0)
     shared = LAYERS[layer][0](bias)
     model, x = Pair(shared, shared), inputs(layer)
-    assert inject(model, row.kind, ["b"], **row.options, **row.extra) == ["a"]  # one layer: its first name
+    assert inject(model, row.kind, ["b"], **row.options, **row.extra()) == ["a"]  # one layer: its first name
     assert model.a is model.b and isinstance(model.a, Host)
     shake(model)
     assert_close(model(x), model.a(x) + model.a(x).tanh())
@@ -415,7 +415,7 @@ def test_layers_in_two_places_and_weights_in_two_layers(method: str, layer: str,
         model = pair(layer, bias)
         model.b.weight = model.a.weight
         weight, y = model.b.weight, model.b(x)
-        inject(model, row.kind, ["a"], **row.options, **row.extra)
+        inject(model, row.kind, ["a"], **row.options, **row.extra())
         shake(model)
         merge(model)
         assert model.b.weight is weight and torch.equal(model.b(x), y)  # the other keeps the frozen weight
@@ -429,14 +429,14 @@ def test_undone_everything_is_as_it_was(method: str, layer: str, bias: bool) -> 
     modules, before, x = dict(plain.named_modules()), bits(plain), inputs(layer)
     y = plain(x)
     row = METHODS[method]
-    inject(plain, row.kind, ["a", "b"], **row.options, **row.extra)
+    inject(plain, row.kind, ["a", "b"], **row.options, **row.extra())
     shake(plain)
     if row.kind.mergeable:
         merge(plain)
     unload(plain)
     assert dict(plain.named_modules()) == modules and bits(plain) == before and torch.equal(plain(x), y)
     if row.kind.mergeable:
-        inject(plain, row.kind, ["a", "b"], **row.options, **row.extra)
+        inject(plain, row.kind, ["a", "b"], **row.options, **row.extra())
         shake(plain)
         y = plain(x)
         unload(plain, merged=True)
