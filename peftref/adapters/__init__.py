@@ -1,0 +1,1 @@
+"""Adapters: a few added weights in a frozen model."""

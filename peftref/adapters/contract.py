@@ -1,0 +1,186 @@
+r"""What an adapter is, and the host that puts it beside a frozen module.
+
+An adapter (eq-adapters-contract) adds an increment to the output of a frozen module; where the increment is linear in
+the input, it also says which change of the weights has the same effect:
+
+.. math:: y = y_0 + \sum_a f_a(x, y_0),\quad y_0 = xW^\top + b; \qquad f_a(x, y_0) = x\,\Delta W_a^\top + \Delta b_a .
+
+Every adapter reads the *frozen* :math:`W`, :math:`b` and :math:`y_0`, never what another adapter made of them. So
+increments add in any order, merging is one sum, and unmerging puts the frozen weight back, every bit of it. A method is
+a subclass of :class:`Adapter`; here one that scales the outputs of a layer:
+
+>>> import torch
+>>> from torch import nn
+>>> from peftref.adapters.core import adapters, inject, merge, unload
+>>> class Gain(Adapter):
+...     kind = "gain"
+...     def __init__(self, base):
+...         super().__init__()
+...         self.gain = nn.Parameter(torch.zeros(base.out_features))
+...     def forward(self, x, y0, base):
+...         return self.gain * y0
+...     def delta(self, base):
+...         return self.gain[:, None] * base.weight, None if base.bias is None else self.gain * base.bias
+>>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+>>> x, frozen = torch.randn(3, 4), net[2].weight
+>>> inject(net, Gain, ["2"])
+['2']
+>>> before = net(x)
+>>> _ = nn.init.constant_(adapters(net)["2"].gain, 0.5)
+>>> torch.allclose(net(x), 1.5 * before)
+True
+>>> merge(net)
+>>> torch.allclose(net[2].weight, 1.5 * frozen), torch.allclose(net(x), 1.5 * before)
+(True, True)
+>>> unload(net)
+>>> net[2].weight is frozen
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .layers import Layer, view
+
+__all__ = ["Adapter", "Host"]
+
+KINDS: dict[str, type[Adapter]] = {}  # every method that has been imported, by its slug
+
+
+class Adapter(nn.Module):
+    """Base class of all adapters. A new one must be the identity: its first ``forward`` returns zeros.
+
+    A subclass has ``__init__(self, base, **options)``, which keeps each option as an attribute of its name, and
+
+    - ``forward(x, y0, base) -> increment`` with the input ``x`` as the module got it (``base.rows(x)`` are its rows
+      ``(..., i)``), the frozen output's rows ``y0`` of shape ``(..., o)``, and ``base``, the frozen layer as a
+      :class:`~peftref.adapters.layers.Layer`; the increment has the shape of ``y0``;
+    - ``delta(base) -> (dW, db)``, ``(o, i)`` and ``(o,)`` or None, if it is mergeable: outside of training
+      ``forward(x, y0, base) == base.rows(x) @ dW.T + db``.
+
+    What is trained is a parameter, and what is saved is the ``state_dict``. What several layers share (a frozen bank, a
+    task's index) is an argument of the constructor that ``options`` does not name: it is not saved, and given again to
+    :func:`~peftref.adapters.files.load`.
+
+    Attributes:
+        kind: the method's slug, which is also the name of its module.
+        options: the constructor's arguments that a file keeps.
+        mergeable: whether there is a ``delta``.
+        any_module: sits on any module that returns a tensor, and uses no matrix.
+        patterns: option -> PEFT's name for its values by layer, for a kind that PEFT knows.
+        ignored: options of PEFT -> the values (``...``: all) that do not change a finished adapter.
+    """
+
+    kind: ClassVar[str] = ""
+    options: ClassVar[tuple[str, ...]] = ()
+    mergeable: ClassVar[bool] = True
+    any_module: ClassVar[bool] = False
+    patterns: ClassVar[dict[str, str]] = {}
+    ignored: ClassVar[dict[str, Any]] = {}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "kind" in vars(cls):
+            KINDS[cls.kind] = cls
+
+    @classmethod
+    def to_peft(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """The options as a PEFT configuration names them, with ``peft_type``."""
+        return {"peft_type": cls.kind.upper(), **options}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The options that a PEFT configuration holds."""
+        return {name: config[name] for name in cls.options if name in config}
+
+    def delta(self, base: Layer) -> tuple[Tensor, Tensor | None]:
+        raise TypeError(f"delta: expected a linear adapter, got {self.kind}, which cannot be merged")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+
+class Host(nn.Module):
+    """Stands where a module stood, and holds it with any number of named adapters.
+
+    Everything else that one may ask of it (``in_features``, ``weight``) is answered by the frozen module.
+
+    Attributes:
+        base_layer: the frozen module.
+        adapters: by name.
+        active: names of those whose increments are added.
+        merged: whether the weight is, for the time being, the merged one.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer, self.adapters = base_layer.requires_grad_(False), nn.ModuleDict()
+        self.active: list[str] = []
+        self._frozen: tuple[nn.Parameter, nn.Parameter | None] | None = None
+        self.training = self.adapters.training = base_layer.training
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__"):  # what Python asks for copies and pickles is about the host itself
+                raise
+            return getattr(super().__getattr__("base_layer"), name)
+
+    @property
+    def merged(self) -> bool:
+        return self._frozen is not None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y0 = self.base_layer(x, *args, **kwargs)
+        if self.merged or not self.active:
+            return y0
+        total: Tensor | None = None
+        for adapter in (self.adapters[name] for name in self.active):
+            base = view(self.base_layer, adapter.dtype)
+            increment = adapter(x.to(base.dtype), base.to_rows(y0).to(base.dtype), base)
+            total = increment if total is None else total + increment
+        # eq-adapters-contract: the sum is taken in the adapters' type and rounded once
+        return (y0 + base.from_rows(total, y0)).to(y0.dtype)
+
+    @torch.no_grad()
+    def fold(self) -> tuple[Tensor, Tensor | None]:
+        """The merged weight and bias, as the module keeps them; nothing changes."""
+        base = view(self.base_layer)
+        weight, bias = base.weight, base.bias
+        for adapter in (self.adapters[name] for name in self.active):
+            dW, db = adapter.delta(view(self.base_layer, adapter.dtype))
+            weight = weight + dW.to(weight.dtype)
+            if db is not None:
+                bias = db.to(weight.dtype) if bias is None else bias + db.to(weight.dtype)
+        like = self.base_layer.weight
+        return torch.empty_like(like).copy_(base.kept(weight)), None if bias is None else bias.to(like.dtype)
+
+    def put(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Use these instead of the frozen ones, which are put aside; whoever shares those keeps them."""
+        base = self.base_layer
+        self._frozen = base.weight, base.bias
+        base.weight = nn.Parameter(weight, requires_grad=False)
+        base.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def restore(self) -> None:
+        """The frozen parameters again, the same objects."""
+        if self._frozen is not None:
+            self.base_layer.weight, self.base_layer.bias = self._frozen
+            self._frozen = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Host:
+        super()._apply(fn, recurse)  # .to(device), .half(): what is put aside goes along
+        for p in self._frozen or ():
+            if p is not None:
+                p.data = fn(p.data)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"active={self.active}, merged={self.merged}"

@@ -1,0 +1,184 @@
+r"""A frozen layer seen as the matrix it is, whatever the layer: ``Linear``, ``Conv2d``, or the ``Conv1D`` of GPT-2.
+
+An adapter is written once, for :math:`y = xW^\top + b` with :math:`W` of shape ``(o, i)``. A :class:`Layer` gives it
+that :math:`W` and :math:`b` in the adapter's own type, and the rows that the layer multiplies:
+
+==================  ===============================  ======================================  =================
+layer               weight as it is kept             as the matrix ``(o, i)``                rows of its input
+==================  ===============================  ======================================  =================
+``Linear``          ``(o, i)``                       the same                                ``x``
+``Conv1D``          ``(i, o)``                       transposed                              ``x``
+``Conv2d``          ``(o, c, h, w)``                 flattened, ``i = c * h * w``            its windows
+==================  ===============================  ======================================  =================
+
+>>> import torch
+>>> from torch import nn
+>>> conv, x = nn.Conv2d(3, 5, 2), torch.randn(1, 3, 4, 4)
+>>> layer = view(conv)
+>>> layer.weight.shape, layer.rows(x).shape                  # 3 x 3 places, windows of 3 * 2 * 2 numbers
+(torch.Size([5, 12]), torch.Size([1, 9, 12]))
+>>> y = layer.rows(x) @ layer.weight.T + layer.bias
+>>> torch.allclose(y, layer.to_rows(conv(x)), atol=1e-6)
+True
+>>> refusal(nn.Conv2d(4, 4, 3, groups=2))
+'a Conv2d with groups=2'
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Layer", "bypassed", "refusal", "view"]
+
+
+class Layer:
+    """A frozen module as an adapter sees it. This class is for any module, with no matrix; the others extend it.
+
+    Args:
+        module: the frozen module; neither copied nor changed.
+        dtype: what the adapter computes in.
+
+    Attributes:
+        in_features, out_features: ``i`` and ``o``.
+        window: the shape of one row of the weight as it is kept, with ``i`` numbers: ``(i,)`` or ``(c, h, w)``.
+        weight, bias: ``(o, i)`` and ``(o,)`` (or None), in ``dtype``, without a gradient.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        self.module, self.dtype = module, dtype
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The input as rows, ``(..., i)``."""
+        return x
+
+    def linear(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """``rows(x) @ matrix.T`` for any ``(r, i)``, at the cost of a layer with ``r`` outputs: ``(..., r)``."""
+        return F.linear(x, matrix)
+
+    def to_rows(self, y: Tensor) -> Tensor:
+        """The output as rows, ``(..., o)``."""
+        return y
+
+    def from_rows(self, rows: Tensor, y: Tensor) -> Tensor:
+        """Rows in the form of the output ``y``."""
+        return rows
+
+
+class _Linear(Layer):
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__(module, dtype)
+        self.out_features, *window = module.weight.shape
+        self.window = tuple(window)
+        self.in_features = module.weight[0].numel()
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.weight.detach().flatten(1).to(self.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.module.bias is None else self.module.bias.detach().to(self.dtype)
+
+    def kept(self, matrix: Tensor) -> Tensor:
+        """An ``(o, i)`` in the form in which the module keeps its weight."""
+        return matrix.view_as(self.module.weight)
+
+
+class _Conv1D(_Linear):
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        Layer.__init__(self, module, dtype)
+        self.in_features, self.out_features = module.weight.shape
+        self.window = (self.in_features,)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.weight.detach().T.to(self.dtype)
+
+    def kept(self, matrix: Tensor) -> Tensor:
+        return matrix.T
+
+
+class _Conv2d(_Linear):
+    def rows(self, x: Tensor) -> Tensor:
+        conv = self.module
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        x = F.pad(x, conv._reversed_padding_repeated_twice, mode)  # of every padding, "same" too
+        return F.unfold(x, conv.kernel_size, conv.dilation, 0, conv.stride).mT  # (n, places, i)
+
+    def linear(self, x: Tensor, matrix: Tensor) -> Tensor:
+        return self.to_rows(self.module._conv_forward(x, matrix.unflatten(1, self.window), None))  # needs no windows
+
+    def to_rows(self, y: Tensor) -> Tensor:
+        return y.flatten(-2).mT  # (n, o, h, w) -> (n, places, o)
+
+    def from_rows(self, rows: Tensor, y: Tensor) -> Tensor:
+        return rows.mT.reshape(y.shape)
+
+
+def view(module: nn.Module, dtype: torch.dtype | None = None) -> Layer:
+    """The module as an adapter sees it; in ``dtype``, or else in its own type, float32 at least.
+
+    Where there is a :func:`refusal` there is no matrix to ask for.
+    """
+    form = _form(module) or Layer
+    weight = next(module.parameters(), torch.empty(0)) if form is Layer else module.weight
+    return form(module, dtype or torch.promote_types(weight.dtype, torch.float32))
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why the module cannot be seen as a matrix; None where it can."""
+    if (form := _form(module)) is None:
+        own = isinstance(module, (nn.Linear, nn.Conv2d))
+        return f"a {type(module).__name__}" + (", whose forward is its own," if own else "")
+    weight = module._parameters.get("weight")
+    if weight is None or nn.parameter.is_lazy(weight):
+        return f"a {type(module).__name__} whose weight is computed or not there yet"
+    if not weight.is_floating_point() or weight.ndim != (4 if form is _Conv2d else 2):
+        return f"a {type(module).__name__} with a weight of {weight.dtype} {tuple(weight.shape)}"
+    if form is _Conv2d and module.groups != 1:
+        return f"a Conv2d with groups={module.groups}"
+    return None
+
+
+def _form(module: nn.Module) -> type[_Linear] | None:
+    kind = type(module)
+    if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
+        return _Conv1D
+    if isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward:
+        return _Linear
+    plain = isinstance(module, nn.Conv2d) and kind.forward is nn.Conv2d.forward
+    return _Conv2d if plain and kind._conv_forward is nn.Conv2d._conv_forward else None
+
+
+@functools.cache
+def bypassed(parent: type[nn.Module]) -> frozenset[str]:
+    """Layers of which the parent's ``forward`` uses the weights itself, so that an adapter might never be called.
+
+    Found in its source: ``self.name.weight`` or ``.bias`` for more than to ask its type or place.
+
+    >>> sorted(bypassed(nn.MultiheadAttention)), sorted(bypassed(nn.Sequential))
+    (['out_proj'], [])
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(parent.forward)))
+    except (OSError, TypeError, SyntaxError):  # no source, so nothing to say
+        return frozenset()
+    harmless = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in ("dtype", "device", "shape", "ndim", "requires_grad"):
+            harmless.add(node.value)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "hasattr"):
+            harmless.update(node.args)
+    return frozenset(
+        node.value.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in ("weight", "bias") and node not in harmless
+        if isinstance(node.value, ast.Attribute) and getattr(node.value.value, "id", "") == "self"
+    )
