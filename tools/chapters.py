@@ -69,7 +69,8 @@ def inputs(root: Path, path: Path, modules: Iterable[str]) -> set[str]:
     data = {f for f in (root / PACKAGE).rglob("*") if f.suffix in DATA}
     # A folder without code belongs to the package around it.
     data = {f for f in data if next(p for p in f.parents if (p / "__init__.py").is_file()) in packages}
-    return {f.relative_to(root).as_posix() for f in data | set((root / "book/_results").glob(f"*{path.stem}*.json"))}
+    results = {f for f in [root / "book/_results" / f"{path.stem}.json"] if f.is_file()}
+    return {f.relative_to(root).as_posix() for f in data | results}
 
 
 def fingerprint(root: Path, path: Path, nb: nbformat.NotebookNode, modules: Iterable[str], data: Iterable[str]) -> dict:
