@@ -14,7 +14,19 @@ from peftref.adapters.at_scale import Enlarged, held_out, run_at_scale
 from peftref.adapters.core import adapters, inject
 from peftref.adapters.lora import LoRA
 from peftref.adapters.tasks import (
-    LINEARS, LRS, SHIFTS, accuracy, adapt, compare, fresh, full, probe, shifted, summary, trainable, update_rank,
+    LINEARS,
+    LRS,
+    SHIFTS,
+    accuracy,
+    adapt,
+    compare,
+    fresh,
+    full,
+    probe,
+    shifted,
+    summary,
+    trainable,
+    update_rank,
 )  # fmt: skip
 from peftref.data import load
 from peftref.models import from_timm
@@ -38,7 +50,7 @@ def test_parts_are_disjoint_seeded_and_shifted(name: str) -> None:
     assert torch.equal(task.test.y, data.test.y) and torch.equal(shifted(name).train.x, task.train.x)
     assert not torch.equal(shifted(name, seed=1).train.y, task.train.y)
     assert torch.equal(task.test.x, data.test.x) == (name == "digits")
-    assert 0 <= task.test.x.min() and task.test.x.max() <= 1
+    assert task.test.x.min() >= 0 and task.test.x.max() <= 1
 
 
 def test_the_rotation_and_the_inversion_are_what_they_say() -> None:
