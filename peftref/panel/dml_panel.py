@@ -92,7 +92,7 @@ class PanelDML(BaseEstimator):
     """The effect of a treatment in a panel, ``PanelDML("cre").fit(y, w, x, unit, time)``; see :meth:`summary`.
 
     Args:
-        estimator: one of the tables above.
+        estimator: a name of those in :mod:`peftref.panel.information`.
         learner: any scikit-learn regressor (:class:`~peftref.panel.ridge.PolynomialRidge`, the fastest). Beware of
             histogram boosting: its coarse bins bias all estimators.
         learner_w: for the treatment, if another; with ``model="irm"`` a classifier (logistic regression).
