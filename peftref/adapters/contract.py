@@ -45,7 +45,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .layers import Layer, view
+from .layers import Layer, tapped, view
 
 __all__ = ["Adapter", "Host"]
 
@@ -72,16 +72,20 @@ class Adapter(nn.Module):
         options: the constructor's arguments that a file keeps.
         mergeable: whether there is a ``delta``.
         any_module: sits on any module that returns a tensor, and uses no matrix.
+        tap: of an adapter on a whole block, a child of the block: ``x`` is then what this child gets.
         patterns: option -> PEFT's name for its values by layer, for a kind that PEFT knows.
         ignored: options of PEFT -> the values (``...``: all) that do not change a finished adapter.
+        renamed: end of a tensor's name in older files -> its end now.
     """
 
     kind: ClassVar[str] = ""
     options: ClassVar[tuple[str, ...]] = ()
     mergeable: ClassVar[bool] = True
     any_module: ClassVar[bool] = False
+    tap: str = ""
     patterns: ClassVar[dict[str, str]] = {}
     ignored: ClassVar[dict[str, Any]] = {}
+    renamed: ClassVar[dict[str, str]] = {}
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -138,13 +142,15 @@ class Host(nn.Module):
         return self._frozen is not None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y0 = self.base_layer(x, *args, **kwargs)
-        if self.merged or not self.active:
+        active = [] if self.merged else [self.adapters[name] for name in self.active]
+        y0, inputs = tapped(self.base_layer, [a.tap for a in active if a.tap], x, *args, **kwargs)
+        if not active:
             return y0
         total: Tensor | None = None
-        for adapter in (self.adapters[name] for name in self.active):
+        for adapter in active:
             base = view(self.base_layer, adapter.dtype)
-            increment = adapter(x.to(base.dtype), base.to_rows(y0).to(base.dtype), base)
+            x_a = inputs.get(adapter.tap, x)
+            increment = adapter(x_a.to(base.dtype), base.to_rows(y0).to(base.dtype), base)
             total = increment if total is None else total + increment
         # eq-adapters-contract: the sum is taken in the adapters' type and rounded once
         return (y0 + base.from_rows(total, y0)).to(y0.dtype)

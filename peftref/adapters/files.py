@@ -39,7 +39,8 @@ from .finding import bare, find, named
 __all__ = ["config", "load", "save", "state"]
 
 PREFIX = "base_model.model."  # what PEFT's two wrappers put in front of every name
-HOMES = {"LORA": "lora"}  # PEFT's name of a method -> the module here that has it; by default its own, in lower case
+# PEFT's name of a method -> the module here that has it; by default its own, in lower case.
+HOMES = {"LORA": "lora", "MISS": "bone", "BONE": "bone"}
 # What a PEFT configuration says about other things than the function: where it came from, what it was for.
 NEUTRAL = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "megatron_core", "peft_type",
@@ -78,7 +79,9 @@ def config(model: nn.Module, name: str = "default") -> dict[str, Any]:
     if list(find(model, targets, any_module=True)) != list(found):  # a name that ends another layer's: be exact
         targets = "|".join(map(re.escape, found))
     layers = find(model, targets, any_module=True).values()
-    layout = {"fan_in_fan_out": _transposed(layers)} if kind.patterns else {"per_layer": per_layer}
+    layout: dict[str, Any] = {"fan_in_fan_out": _transposed(layers)} if kind.patterns else {}
+    if per_layer:
+        layout["per_layer"] = per_layer
     return {"target_modules": targets, "inference_mode": True, **kind.to_peft(common), **patterns, **layout}
 
 
@@ -127,7 +130,8 @@ def load(model: nn.Module, path: str | Path, name: str = "default", *, freeze: b
             if (value := _by_pattern(spec.get(pattern) or {}, n)) is not None:
                 own.setdefault(n, {})[option] = value
     new = build(model, kind, targets, exclude=exclude, per_layer=own, **options, **extra)
-    places, tensors = _tensors(new), load_file(folder / "adapter_model.safetensors")
+    places = _tensors(new)
+    tensors = {_now(key, kind): t for key, t in load_file(folder / "adapter_model.safetensors").items()}
     found = {
         "missing": sorted(places.keys() - tensors.keys()),
         "unexpected": sorted(tensors.keys() - places.keys() - _of_the_base(model, tensors)),
@@ -156,6 +160,11 @@ def _tensors(found: Mapping[str, Adapter]) -> dict[str, Tensor]:
         for key, t in adapter.state_dict(keep_vars=True).items()
         if not (id(t) in seen or seen.add(id(t)))
     }
+
+
+def _now(key: str, kind: type[Adapter]) -> str:
+    """Our name of a tensor that older files call otherwise."""
+    return next((key.removesuffix(old) + new for old, new in kind.renamed.items() if key.endswith(old)), key)
 
 
 def _of_the_base(model: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:

@@ -30,12 +30,14 @@ import ast
 import functools
 import inspect
 import textwrap
+from collections.abc import Collection
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Layer", "bypassed", "refusal", "view"]
+__all__ = ["Layer", "bypassed", "refusal", "tapped", "view"]
 
 
 class Layer:
@@ -155,6 +157,52 @@ def _form(module: nn.Module) -> type[_Linear] | None:
         return _Linear
     plain = isinstance(module, nn.Conv2d) and kind.forward is nn.Conv2d.forward
     return _Conv2d if plain and kind._conv_forward is nn.Conv2d._conv_forward else None
+
+
+def tapped(
+    module: nn.Module, taps: Collection[str], x: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output of a module, and with which input it called some of its children.
+
+    What runs is a shallow copy, which shares every child but those that are listened to. So no hook is set and nothing
+    is kept: not by a call that fails, not in another thread, and a compiler sees ordinary modules.
+
+    >>> block = nn.Sequential(nn.Linear(2, 3), nn.Tanh())
+    >>> y, inputs = tapped(block, ["1"], torch.ones(4, 2))
+    >>> torch.equal(inputs["1"].tanh(), y), torch.equal(y, block(torch.ones(4, 2)))
+    (True, True)
+
+    Raises:
+        RuntimeError: a child that is not called.
+    """
+    if not taps:
+        return module(x, *args, **kwargs), {}
+    inputs: dict[str, Tensor] = {}
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__["_modules"] = {**module._modules, **{n: _Tap(module._modules[n], n, inputs) for n in taps}}
+    y = twin(x, *args, **kwargs)
+    if unheard := [n for n in taps if n not in inputs]:
+        raise RuntimeError(f"tap: expected a child that the {type(module).__name__} calls, got {', '.join(unheard)}")
+    return y, inputs
+
+
+class _Tap(nn.Module):
+    """Stands for a child during one call, and writes down its input."""
+
+    def __init__(self, child: nn.Module, name: str, inputs: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.child, self.name, self.inputs = child, name, inputs
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("child"), name)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.inputs[self.name] = x
+        return self.child(x, *args, **kwargs)
 
 
 @functools.cache

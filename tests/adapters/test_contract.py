@@ -15,11 +15,19 @@ from torch.func import functional_call
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
+from peftref.adapters.adaptformer import AdaptFormer
+from peftref.adapters.bone import Bone
 from peftref.adapters.contract import Adapter, Host
 from peftref.adapters.core import activate, adapters, inject, merge, unload, unmerge
 from peftref.adapters.files import load, save
+from peftref.adapters.hydra import Hydra
+from peftref.adapters.hyperformer import Hyperformer, HyperNet
 from peftref.adapters.layers import Layer, view
 from peftref.adapters.lora import LoRA
+from peftref.adapters.phm import Rule
+from peftref.adapters.tera import Bank, TeRA
+from peftref.adapters.tlora import TLoRA
+from peftref.adapters.vl_adapter import Tasks, VLAdapter
 
 
 class Sequential(Adapter):
@@ -80,6 +88,12 @@ BIASES = {"odd": (True,), "conv1d": (True,), "circular": (True,), "pointwise": (
 ALL = ("linear", "odd", "conv1d", "conv2d", "circular", "pointwise")
 
 
+def second_of_three() -> Tasks:
+    tasks = Tasks(["a", "b", "c"])
+    tasks.use("b")
+    return tasks
+
+
 @dataclass
 class Method:
     """A row: the class, its options, the layers it is for; ``extra()`` makes what its files do not keep."""
@@ -93,6 +107,41 @@ class Method:
 METHODS = {
     "lora": Method(LoRA, {"r": 2, "lora_alpha": 3}),
     "rslora": Method(LoRA, {"r": 3, "lora_alpha": 2, "use_rslora": True}, ("conv2d", "linear")),
+    "bone": Method(Bone, {"r": 2}, ("linear", "conv1d", "conv2d", "circular", "pointwise")),
+    "bone-1": Method(Bone, {"r": 1}, ("odd",)),
+    "bone-pooled": Method(Bone, {"r": 3, "variant": "bone"}),
+    "bone-mini": Method(Bone, {"r": 4, "variant": "mini", "mini_r": 2}, ("linear", "conv2d")),
+    "adaptformer": Method(AdaptFormer, {"bottleneck": 6, "dropout": 0.0, "tap": "2"}, ("block",)),
+    "adaptformer-sequential": Method(
+        AdaptFormer,
+        {"bottleneck": 6, "dropout": 0, "placement": "sequential", "layernorm": True, "learn_scale": True, "tap": "2"},
+        ("block",),
+    ),
+    "tlora": Method(TLoRA, {"transform_rank": 2, "residual_rank": 2}),
+    "tlora-paper": Method(
+        TLoRA, {"transform_rank": 2, "residual_rank": 1, "order": 3, "init": "paper", "residual": "lora"},
+        ("conv2d", "linear"),
+    ),
+    "hydra": Method(Hydra, {"r_par": 2, "r_seq": 1, "scale": 0.7}),
+    "hydra-plain": Method(Hydra, {"r_par": 1, "r_seq": 2, "bias": False}, ("linear", "conv2d", "conv1d")),
+    "hydra-sequential": Method(Hydra, {"r_par": 0, "r_seq": 2}, ("linear",)),
+    "tera": Method(TeRA, {"seed": 1}, extra=lambda: {"bank": Bank(1)}),
+    "tera-own": Method(TeRA, {"out_modes": 2, "in_modes": 3, "r": 3, "save_bank": True}, ("conv2d", "linear")),
+    "vl_adapter": Method(VLAdapter, {"reduction": 2}),
+    "vl_adapter-half": Method(
+        VLAdapter, {"reduction": 2, "sharing": "half-up"}, ("odd", "conv2d", "linear"), lambda: {"tasks": second_of_three()}
+    ),
+    "vl_adapter-phm": Method(
+        VLAdapter, {"reduction": 2, "sharing": "multiple", "phm": 2}, ("conv2d", "linear"),
+        lambda: {"tasks": second_of_three()},
+    ),
+    "vl_adapter-compacter": Method(
+        VLAdapter, {"reduction": 2, "phm": 2, "rank": 1}, ("conv2d", "linear"), lambda: {"rule": Rule(2, std=0.5)}
+    ),
+    "vl_adapter-hyperformer": Method(
+        Hyperformer, {"layer": 1}, ("linear", "conv1d", "conv2d", "pointwise"),
+        lambda: {"tasks": second_of_three(), "hyper": HyperNet(4, 3, 2, reduction=2, p=3, dim=4, hidden=8)},
+    ),
     "sequential": Method(Sequential, {"r": 2, "scale": 0.5}),
     "bottleneck": Method(Bottleneck, {"r": 3}, ("linear", "odd", "conv2d")),
     "whole": Method(Whole, {"r": 2}, ("block",)),

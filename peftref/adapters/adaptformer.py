@@ -1,0 +1,205 @@
+r"""AdaptFormer: a small ReLU bottleneck beside the MLP of every transformer block.
+
+Chen, Ge, Tong, Wang, Song, Wang, Luo, "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition",
+NeurIPS 2022, arXiv 2205.13535; code: github.com/ShoufaChen/AdaptFormer.
+
+In a frozen pre-norm block, :math:`x'=x+\mathrm{MSA}(\mathrm{LN}_1(x))` is the residual stream after attention and
+:math:`z=\mathrm{MLP}(\mathrm{LN}_2(x'))`. A bottleneck (eq-adaptformer-branch) is added beside the MLP
+(eq-adaptformer-parallel) or, as in Houlsby et al. (2019), behind it (eq-adaptformer-sequential):
+
+.. math::
+    f(u) = s\,\bigl(\mathrm{ReLU}(\nu(u)W_d^\top+b_d)\,W_u^\top+b_u\bigr),\qquad
+    x^{out} = x'+z+f(x') \quad\text{or}\quad x^{out} = x'+z+f(z).
+
+:math:`W_u, b_u, b_d` start at zero, so the model starts as it was. The ReLU makes it no linear map: nothing to merge.
+
+======================  =====================  ==========================  ==========
+argument                here                   paper                       shape
+======================  =====================  ==========================  ==========
+``bottleneck``          :math:`r`              :math:`\hat d`              integer
+``scale``               :math:`s`              :math:`s`                   number
+``down_proj.weight``    :math:`W_d`            :math:`W_{down}^\top`       ``(r, d)``
+``up_proj.weight``      :math:`W_u`            :math:`W_{up}^\top`         ``(d, r)``
+``layernorm``           :math:`\nu`            LN                          ``(d,)``
+======================  =====================  ==========================  ==========
+
+Differs from the paper: :math:`\nu` is the identity unless ``layernorm=True``, as in the released configurations.
+Differs from the authors' code: it sits on blocks as they are, whatever their attention, LayerScale and DropPath (as
+there, the bottleneck's output passes through neither); what is trained follows from what was put in, where that code
+asks which keys a checkpoint lacked, and fails with ``--eval``. Its third place for the LayerNorm, behind the scale
+(``"out"``), is left out: it divides :math:`s` away again.
+
+>>> import torch
+>>> from peftref.adapters.core import adapters, inject
+>>> from peftref.vit import ViT
+>>> net, x = ViT(embed_dim=32, depth=2).eval(), torch.rand(3, 1, 28, 28)
+>>> before = net(x)
+>>> inject(net, AdaptFormer, r"blocks\.\d+", bottleneck=4)          # whole blocks
+['blocks.0', 'blocks.1']
+>>> torch.equal(net(x), before)                                     # W_u = 0: nothing has changed
+True
+>>> sum(p.numel() for p in net.parameters() if p.requires_grad)     # 2 blocks x (2 d r + r + d), d = 32
+584
+>>> _ = torch.nn.init.normal_(adapters(net)["blocks.1"].up_proj.weight)
+>>> torch.equal(net(x), before)
+False
+>>> list(dead_share(net, x))                                        # ReLUs that no token of x switches on
+['blocks.0', 'blocks.1']
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .contract import Adapter
+from .core import adapters
+from .layers import Layer
+
+__all__ = ["AdaptFormer", "branch", "dead_share", "head", "width"]
+
+
+def branch(
+    u: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, scale: float | Tensor = 1.0,
+    dropout: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """The bottleneck on each row: ``(..., d) -> (..., d)`` (eq-adaptformer-branch).
+
+    >>> u, down, up = torch.tensor([[1.0, -2.0]]), torch.eye(2), torch.tensor([[1.0, 5.0], [3.0, 7.0]])
+    >>> branch(u, down, torch.zeros(2), up, torch.zeros(2), scale=0.5)   # the ReLU drops the second number
+    tensor([[0.5000, 1.5000]])
+    """
+    # eq-adaptformer-branch:  h = ReLU(u W_d^T + b_d)
+    h = F.dropout(F.relu(F.linear(u, down, down_bias)), dropout)  # (..., r)
+    # eq-adaptformer-branch:  f = s (h W_u^T + b_u), scaled where it is small: in the weights
+    return F.linear(h, scale * up, scale * up_bias)
+
+
+class AdaptFormer(Adapter):
+    """One bottleneck on one block (eq-adaptformer-parallel, eq-adaptformer-sequential).
+
+    Put it on whole blocks, ``inject(model, AdaptFormer, r"blocks\\.\\d+")``, of any model whose blocks add an MLP to
+    their stream and return a tensor.
+
+    Args:
+        base: the frozen block.
+        bottleneck: ``r`` (64: official ``--ffn_num``). It may be larger than the block is wide.
+        scale: ``s`` (0.1: official scripts).
+        dropout: share of the bottleneck dropped in training (0.1: official ``models/custom_modules.py``, for images;
+            for video it is 0).
+        placement: ``"parallel"`` (official scripts) or ``"sequential"``.
+        layernorm: normalise the bottleneck's input, with weights of its own (False: official scripts, ``"none"``; the
+            paper's equation has it).
+        learn_scale: train ``s`` too, starting from ``scale`` (False: official scripts; their ``"learnable_scalar"``
+            starts from 1).
+        tap: the child whose input is the stream after attention: ``"norm2"`` in timm and here, ``"layernorm_after"`` in
+            transformers' ViT. With ``"mlp"`` the bottleneck reads what the MLP reads.
+
+    Raises:
+        ValueError: an option out of its range, or no such child.
+    """
+
+    kind = "adaptformer"
+    options = ("bottleneck", "scale", "dropout", "placement", "layernorm", "learn_scale", "tap")
+    mergeable = False
+    any_module = True
+
+    def __init__(
+        self, base: Layer, bottleneck: int = 64, scale: float = 0.1, dropout: float = 0.1,
+        placement: str = "parallel", layernorm: bool = False, learn_scale: bool = False, tap: str = "norm2",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if isinstance(bottleneck, bool) or not isinstance(bottleneck, int) or bottleneck < 1:
+            raise ValueError(f"bottleneck: expected a positive integer, got {bottleneck!r}")
+        if not math.isfinite(scale):
+            raise ValueError(f"scale: expected a finite number, got {scale!r}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected a number in [0, 1), got {dropout!r}")
+        if placement not in ("parallel", "sequential"):
+            raise ValueError(f"placement: expected 'parallel' or 'sequential', got {placement!r}")
+        children = dict(base.module.named_children())
+        if tap not in children:
+            raise ValueError(f"tap: expected a child of the block, one of {list(children)}, got {tap!r}")
+        d = width(children[tap])
+        self.bottleneck, self.scale, self.dropout, self.placement = bottleneck, scale, dropout, placement
+        self.layernorm, self.learn_scale, self.tap = layernorm, learn_scale, tap
+        self.norm = nn.LayerNorm(d) if layernorm else nn.Identity()  # eps 1e-5, where timm's blocks have 1e-6
+        self.down_proj, self.up_proj = nn.Linear(d, bottleneck), nn.Linear(bottleneck, d)
+        self.s = nn.Parameter(torch.tensor([float(scale)])) if learn_scale else scale
+        for zero in (self.down_proj.bias, self.up_proj.weight, self.up_proj.bias):  # W_d: as Linear draws it
+            nn.init.zeros_(zero)
+
+    def forward(self, x: Tensor, y0: Tensor, base: Layer) -> Tensor:
+        # eq-adaptformer-parallel:    x' + z + f(x'), where x' is what the tap hears and y0 = x' + z
+        # eq-adaptformer-sequential:  x' + z + f(z),  z = y0 - x'
+        u = x if self.placement == "parallel" else y0 - x
+        down, up = self.down_proj, self.up_proj
+        dropout = self.dropout if self.training else 0.0
+        return branch(self.norm(u), down.weight, down.bias, up.weight, up.bias, self.s, dropout)
+
+
+def width(child: nn.Module) -> int:
+    """How many features a child of a block takes: those its normalisation, or else its first matrix, is made for.
+
+    >>> width(nn.LayerNorm(8)), width(nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)))
+    (8, 8)
+    """
+    for m in child.modules():
+        if isinstance(size := getattr(m, "in_features", None), int):
+            return size
+        weight = getattr(m, "weight", None)
+        shape = getattr(m, "normalized_shape", ()) or (weight.shape if isinstance(weight, Tensor) else ())
+        if len(shape) == 1:
+            return shape[0]
+    raise ValueError(f"tap: expected a normalisation or layers with a matrix, got a {type(child).__name__}")
+
+
+@torch.inference_mode()
+def dead_share(model: nn.Module, x: Tensor, name: str = "default") -> dict[str, float]:
+    """Share of each bottleneck's ReLUs that no token of ``x`` switches on, by block, in eval mode; nothing changes.
+
+    A unit that no input switches on is dead: neither its row of :math:`W_d` nor its column of :math:`W_u` gets a
+    gradient.
+
+    Raises:
+        ValueError: no adapter of that name, it is not active, or it is no AdaptFormer.
+    """
+    found, shares = adapters(model, name), {}
+    if wrong := [n for n, a in found.items() if not isinstance(a, AdaptFormer)]:
+        raise ValueError(f"name: expected an AdaptFormer, got another adapter on {wrong}")
+
+    def listen(n: str, a: AdaptFormer) -> RemovableHandle:
+        def hook(_: nn.Module, __: tuple[Tensor, ...], u: Tensor) -> None:
+            off = F.linear(u, a.down_proj.weight, a.down_proj.bias) <= 0
+            shares[n] = off.view(-1, a.bottleneck).all(0).double().mean().item()
+
+        return a.norm.register_forward_hook(hook)
+
+    flags = [(m, m.training) for m in model.modules()]
+    handles = [listen(n, a) for n, a in found.items()]
+    try:
+        model.eval()(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for m, training in flags:
+            m.training = training
+    if not shares:
+        raise ValueError(f"name: expected an adapter that is active, got {name!r}")
+    return shares
+
+
+def head(features: int, classes: int) -> nn.Sequential:
+    """The classifier of the official image script: BatchNorm without weights, then a linear layer.
+
+    >>> [type(layer).__name__ for layer in head(8, 3)]
+    ['BatchNorm1d', 'Linear']
+    """
+    linear = nn.Linear(features, classes)
+    nn.init.trunc_normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.BatchNorm1d(features, eps=1e-6, affine=False), linear)

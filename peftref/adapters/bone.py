@@ -1,0 +1,207 @@
+r"""Bone: one trained block per group of outputs, guided by the frozen weight.
+
+Kang, "Bone: Block-Affine Adaptation of Large Language Models", 2024, arXiv 2409.15371. The method of its first
+versions, with the guide, is called Bat since, and "Bone" is what is left without it; the paper is now called MiSS.
+
+Cut the frozen :math:`W\in\mathbb R^{o\times i}` into tiles :math:`W_{ab}` of :math:`r\times r`. Each group :math:`a`
+of :math:`r` outputs has one trained block :math:`B_a`, which starts at zero (eq-bone-bat, eq-bone-gradient):
+
+.. math::
+
+    \Delta W_{ab} = W_{ab}B_a + B_a = (W_{ab}+I)\,B_a, \qquad
+    \frac{\partial L}{\partial B_a} = \sum_b (W_{ab}+I)^\top G_{ab}, \quad G=\frac{\partial L}{\partial\Delta W} .
+
+Without the guide :math:`W_{ab}B_a` all tiles of a row are alike, and pooling the input says it all. With
+:math:`S=[I_r\,I_r\cdots]` (eq-bone-tiles) of :math:`i` columns and :math:`D\in\mathbb R^{r\times o}` (eq-bone-pooled):
+
+.. math:: \Delta W = D^\top S, \qquad \Delta y = (xS^\top)D, \qquad (xS^\top)_k = x_k + x_{k+r} + x_{k+2r} + \dots
+
+==================  ===========================  ===================================  ===================
+argument            here                         paper; PEFT's ``MissConfig``         shape
+==================  ===========================  ===================================  ===================
+``r``               :math:`r`                    block size, rank; ``r``              integer
+``variant``         ``"bat"``: guided            Bone in v1 to v3, then Bat; "bat"    a name
+..                  ``"bone"``: pooled           Bone, MiSS; ``init_weights=True``    a name
+..                  ``"mini"``: tied columns     MiSS mini; "mini"                    a name
+``mini_r``          :math:`m`                    ``mini_r``                           integer
+``miss_block``      :math:`B` of ``"bat"``       ``miss_block``                       ``(o / r, r, r)``
+..                  :math:`D` of ``"bone"``      ``miss_block``                       ``(r, o)``
+..                  :math:`\tilde D` of "mini"   ``miss_block``                       ``(r, m)``
+==================  ===========================  ===================================  ===================
+
+In ``"mini"``, :math:`D=[\tilde D\,\tilde D\cdots]`, whole copies beside each other.
+
+Differs from PEFT: several adapters on a layer all read the frozen weight, so they add in any order; the guided update
+is one batched product on the weight as it lies, and keeps nothing of the size of the weight for the backward pass.
+PEFT's dropout of the pooled forms is not here. Files of both names, ``MISS`` and the older ``BONE``, open here.
+
+>>> import torch
+>>> from torch import nn
+>>> bat(torch.zeros(2, 4), torch.tensor([[[1., 2.], [3., 4.]]]))          # no weight, no guide: every tile is B
+tensor([[1., 2., 1., 2.],
+        [3., 4., 3., 4.]])
+>>> pool(torch.arange(5.), 2)                                             # 0 + 2 + 4, 1 + 3
+tensor([6., 4.])
+>>> from peftref.adapters.core import adapters, inject, merge
+>>> net, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)), torch.randn(5, 8)
+>>> before = net(x)
+>>> inject(net, Bone, ["0", "2"], r=2)
+['0', '2']
+>>> torch.equal(net(x), before)                                           # B = 0: nothing has changed
+True
+>>> _ = nn.init.normal_(adapters(net)["0"].miss_block)
+>>> torch.linalg.matrix_rank(adapters(net)["0"].delta(nn.Linear(8, 8))[0]).item()  # r = 2, and yet full rank
+8
+>>> y = net(x)
+>>> merge(net)
+>>> torch.allclose(net(x), y, atol=1e-5)
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .contract import Adapter
+from .layers import Layer, view
+
+__all__ = ["Bone", "bat", "pool", "pooled", "tiles"]
+
+VARIANTS = {"bat": "bat", "bone": True, "mini": "mini"}  # ours -> PEFT's init_weights
+
+
+def bat(weight: Tensor, block: Tensor) -> Tensor:
+    r"""The guided update: ``(o, i)`` from the frozen weight ``(o, i)`` and the blocks :math:`B`, ``(o / r, r, r)``.
+
+    In memory a weight is a stack of rows of :math:`r` numbers, ``(a, p, b)`` of them: all of group ``a`` meet the same
+    :math:`B_a`, so one batched product does it, without moving a number.
+    """
+    o, i = weight.shape
+    groups, r, _ = block.shape
+    rows = weight.reshape(groups, i, r)  # (o, i) -> (a, p b, q): r rows of i numbers are i rows of r
+    # eq-bone-bat:  dW_ab = W_ab B_a + B_a
+    update = (rows @ block).view(groups, r, i // r, r) + block[:, :, None]
+    return update.view(o, i)
+
+
+def tiles(r: int, i: int) -> Tensor:
+    """The matrix S, ``(r, i)``: identities side by side, the last one cut where r does not divide i.
+
+    >>> tiles(2, 5).int().tolist()
+    [[1, 0, 1, 0, 1], [0, 1, 0, 1, 0]]
+    """
+    # eq-bone-tiles:  S = [I_r I_r ...]
+    return torch.eye(r).repeat(1, -(-i // r))[:, :i]
+
+
+def pool(x: Tensor, r: int) -> Tensor:
+    """What S lets through, the sums of every r-th input: ``(..., i) -> (..., r)``."""
+    shards, rest = divmod(x.shape[-1], r)
+    if rest:  # zeros fill the last shard up
+        x, shards = F.pad(x, (0, r - rest)), shards + 1
+    # eq-bone-pooled:  (x S^T)_k = x_k + x_{k + r} + ...
+    return x.unflatten(-1, (shards, r)).sum(-2)
+
+
+def pooled(block: Tensor, i: int) -> Tensor:
+    """The update without a guide: ``(o, i)`` from D, ``(r, o)``."""
+    # eq-bone-pooled:  dW = D^T S
+    return block.T.repeat(1, -(-i // len(block)))[:, :i]
+
+
+class Bone(Adapter):
+    r"""One block-affine update (eq-bone-bat), or its pooled form (eq-bone-pooled).
+
+    Args:
+        base: the frozen layer.
+        r: size of a block (64: PEFT's and the authors' default); :math:`o\,r` weights in either form.
+        variant: ``"bat"``, the method of the paper's abstract; ``"bone"`` or ``"mini"``: the pooled forms.
+        mini_r: columns of :math:`\tilde D`, for ``"mini"`` alone (1: PEFT's default); :math:`r\,m` weights.
+
+    Raises:
+        ValueError: an unknown variant; an ``r`` that is no integer from 1 to ``i``, or, for ``"bat"``, no divisor of
+            both ``o`` and ``i``; a ``mini_r`` that does not divide ``o``.
+    """
+
+    kind = "bone"
+    options = ("r", "variant", "mini_r")
+    ignored = {"miss_dropout": ...}  # for training alone
+    renamed = {".bone_block": ".miss_block"}  # PEFT before 0.19
+
+    def __init__(self, base: Layer, r: int = 64, variant: str = "bat", mini_r: int = 1) -> None:
+        super().__init__()
+        o, i = base.out_features, base.in_features
+        if variant not in VARIANTS:
+            raise ValueError(f"variant: expected one of {list(VARIANTS)}, got {variant!r}")
+        if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= i:
+            raise ValueError(f"r: expected an integer from 1 to {i}, the layer's inputs, got {r!r}")
+        if variant == "bat" and (o % r or i % r):
+            raise ValueError(
+                f"r: expected a divisor of {o} outputs and {i} inputs for variant 'bat', got {r}; give this layer "
+                "another by per_layer, or leave it out by exclude"
+            )
+        if isinstance(mini_r, bool) or not isinstance(mini_r, int) or mini_r < 1 or variant == "mini" and o % mini_r:
+            raise ValueError(f"mini_r: expected a divisor of {o}, the layer's outputs, got {mini_r!r}")
+        self.r, self.variant, self.mini_r = r, variant, mini_r
+        shape = {"bat": (o // r, r, r), "bone": (r, o), "mini": (r, mini_r)}[variant]
+        self.miss_block = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x: Tensor, y0: Tensor, base: Layer) -> Tensor:
+        windows = len(base.window) > 1  # a convolution
+        if self.variant == "bat":
+            if windows:
+                return base.linear(x, bat(base.weight, self.miss_block))
+            return _Bat.apply(x, view(base.module, base.module.weight.dtype).weight, self.miss_block)
+        D = self._columns(base)
+        # eq-bone-pooled:  dy = (x S^T) D
+        S_x = base.linear(x, tiles(self.r, base.in_features).to(D)) if windows else pool(x, self.r)
+        return F.linear(S_x, D.T)
+
+    def delta(self, base: Layer) -> tuple[Tensor, Tensor | None]:
+        if self.variant == "bat":
+            return bat(base.weight, self.miss_block), None
+        return pooled(self._columns(base), base.in_features), None
+
+    def _columns(self, base: Layer) -> Tensor:
+        times = base.out_features // self.mini_r if self.variant == "mini" else 1
+        return self.miss_block.repeat(1, times)  # (r, o)
+
+    @classmethod
+    def to_peft(cls, options: dict[str, Any]) -> dict[str, Any]:
+        rest = {name: value for name, value in options.items() if name != "variant"}
+        return {"peft_type": "MISS", "init_weights": VARIANTS[options.get("variant", "bat")], **rest}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        start = config.get("init_weights", True)
+        variant = start if start in ("bat", "mini") else "bone"  # False: the pooled form from a random start
+        return {"variant": variant, **{name: config[name] for name in ("r", "mini_r") if name in config}}
+
+
+class _Bat(torch.autograd.Function):
+    """``x @ bat(W, B).T``, of which nothing is kept but x, W and B: the update is made again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, block: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, block)
+        return F.linear(x, bat(weight.to(block.dtype), block))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        x, weight, block = ctx.saved_tensors
+        weight, dx, dB = weight.to(block.dtype), None, None
+        if ctx.needs_input_grad[0]:
+            dx = (grad @ bat(weight, block).to(grad.dtype)).to(x.dtype)
+        if ctx.needs_input_grad[2]:
+            groups, r, _ = block.shape
+            flat = lambda t: t.reshape(-1, t.shape[-1])  # noqa: E731
+            G = (flat(grad).mT @ flat(x).to(grad.dtype)).to(block.dtype)  # (o, i)
+            rows, of = weight.reshape(groups, -1, r), G.view(groups, -1, r)
+            # eq-bone-gradient:  dB_a = sum_b W_ab^T G_ab + sum_b G_ab
+            dB = torch.baddbmm(G.view(groups, r, -1, r).sum(2), rows.mT, of)
+        return dx, None, dB

@@ -1,0 +1,221 @@
+"""Several tasks at once on one frozen network: the shared experiment of :mod:`peftref.adapters.tasks`, task by task.
+
+Each task has a head of its own. A batch holds images of all tasks, drawn from the union of their training images, so
+that a task counts as much as it has data (as in Sung, Cho, Bansal, CVPR 2022, where a batch has one task and tasks
+are drawn by size). Adapters and heads read the task of each image from one
+:class:`~peftref.adapters.vl_adapter.Tasks`.
+
+>>> from peftref.adapters.core import inject
+>>> from peftref.adapters.tasks import shifted
+>>> from peftref.adapters.vl_adapter import VLAdapter
+>>> suite = {"digits": shifted("digits", 64, 16), "even": relabelled(shifted("digits", 8, 8), EVEN, "even")}
+>>> def multiple(net, tasks):
+...     inject(net, VLAdapter, SUBLAYERS, sharing="multiple", tasks=tasks)
+>>> run = learn(multiple, suite, lr=3e-3, steps=2)
+>>> list(run.test), run.losses.shape
+(['digits', 'even'], torch.Size([2]))
+>>> conflict(run, suite).shape
+torch.Size([2, 2])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data import Split
+from ..models import predict
+from .contract import Adapter
+from .layers import Layer
+from .tasks import TUNING_SEED, Task, accuracy, fresh, trainable
+from .vl_adapter import Tasks
+
+__all__ = [
+    "EVEN", "SUBLAYERS", "Heads", "MultiRun", "TaskToken", "compare_sharing", "conflict", "learn", "relabelled",
+]  # fmt: skip
+
+SUBLAYERS = r"blocks\.\d+\.(attn\.proj|mlp\.fc2)"  # where the paper puts adapters: after each sub-layer
+EVEN = (1, 0) * 5  # of the digits: is it even?
+
+
+def relabelled(task: Task, labels: Sequence[int], name: str) -> Task:
+    """The same images, with ``labels[c]`` for class ``c``."""
+    new = torch.tensor(labels)
+    return Task(name, *(Split(part.x, new[part.y]) for part in (task.train, task.val, task.test)))
+
+
+class Heads(nn.Linear):
+    """A head for every task, side by side in one matrix; the classes of other tasks are out of reach.
+
+    Args:
+        d: features.
+        classes: number of classes of each task.
+        tasks: the object that knows the task.
+    """
+
+    def __init__(self, d: int, classes: Sequence[int], tasks: Tasks) -> None:
+        super().__init__(d, sum(classes))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)
+        self.tasks = tasks
+        ends = torch.tensor(classes).cumsum(0)
+        self.register_buffer("start", ends - torch.tensor(classes), persistent=False)  # first class of each task
+        column = torch.arange(sum(classes))
+        own = (column >= self.start[:, None]) & (column < ends[:, None])  # (T, classes in all)
+        self.register_buffer("mask", torch.where(own, 0.0, -torch.inf), persistent=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h) + self.tasks.pick(self.mask)
+
+
+class TaskToken(Adapter):
+    """What tells a single adapter the task: a learned vector that is added to every token, as a prompt word is read.
+
+    Put it on the patch embedding.
+    """
+
+    kind, options, mergeable = "multitask", ("task_names",), False
+
+    def __init__(self, base: Layer, task_names: Sequence[str] | None = None, *, tasks: Tasks) -> None:
+        super().__init__()
+        self.tasks, self.task_names = tasks, list(tasks.names)
+        if task_names is not None and list(task_names) != self.task_names:
+            raise ValueError(f"tasks: expected {list(task_names)}, got {self.task_names}")
+        self.token = nn.Parameter(torch.zeros(len(tasks), base.out_features))
+
+    def forward(self, x: Tensor, y0: Tensor, base: Layer) -> Tensor:
+        token = self.tasks.pick(self.token)  # (o,) or (N, o)
+        return (token if token.ndim == 1 else token[:, None]).expand_as(y0)
+
+
+@dataclass
+class MultiRun:
+    """One adaptation to several tasks.
+
+    Attributes:
+        model: in eval mode.
+        tasks: what to tell the task to.
+        losses: mean over the batch at each step, ``(steps,)``.
+        val, test: accuracies in %, by task.
+        val_loss: mean cross-entropy over tasks.
+    """
+
+    model: nn.Module
+    tasks: Tasks
+    losses: Tensor
+    val: dict[str, float]
+    test: dict[str, float]
+    val_loss: float
+
+
+def learn(
+    build: Callable[[nn.Module, Tasks], object], suite: Mapping[str, Task], *, lr: float, seed: int = 0,
+    steps: int = 150, batch_size: int = 64, common_head: bool = False,
+) -> MultiRun:  # fmt: skip
+    """Train what ``build`` leaves trainable, and the heads, on all tasks together, as
+    :func:`peftref.adapters.tasks.adapt` trains on one.
+
+    Args:
+        build: gets a :func:`~peftref.adapters.tasks.fresh` network and the :class:`Tasks`; changes it in place.
+        suite: name -> task.
+        lr: peak of the schedule.
+        seed: of heads, adapters and batches; the global generator stays as it was.
+        steps, batch_size: of the training.
+        common_head: one head for all tasks, which must have the same classes.
+    """
+    y = {name: torch.cat([part.y for part in task[1:]]) for name, task in suite.items()}
+    classes = [int(labels.max()) + 1 for labels in y.values()]
+    if common_head and len(set(classes)) > 1:
+        raise ValueError(f"common_head: expected tasks with the same number of classes, got {classes}")
+    tasks = Tasks(list(suite))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = fresh(classes[0])
+        build(model, tasks)
+        if not common_head:
+            model.head = Heads(model.num_features, classes, tasks)
+        model.head.requires_grad_(True)
+        params = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+        x, labels, task = _pooled(suite, model)
+        model.train()
+        losses = []
+        for _ in range(steps):
+            i = torch.randint(len(labels), (batch_size,))
+            tasks.use(task[i])
+            loss = F.cross_entropy(model(x[i]), labels[i])
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(params, 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.detach())
+    model.eval()
+    val, test, val_loss = {}, {}, []
+    for name, part in suite.items():
+        tasks.use(name)
+        first = _first(model, tasks)
+        logits = predict(model, part.val.x)
+        val[name] = accuracy(logits, part.val.y + first)
+        val_loss.append(F.cross_entropy(logits, part.val.y + first))
+        test[name] = accuracy(predict(model, part.test.x), part.test.y + first)
+    return MultiRun(model, tasks, torch.stack(losses), val, test, float(torch.stack(val_loss).mean()))
+
+
+def compare_sharing(
+    methods: Mapping[str, Callable[[nn.Module, Tasks], object]], suite: Mapping[str, Task], *,
+    seeds: Sequence[int] = (0, 1, 2), lrs: Sequence[float] = (3e-3, 1e-2), **options: int,
+) -> pd.DataFrame:  # fmt: skip
+    """Each method at the rate that was best for it on the validation images of all tasks, once for every seed.
+
+    Returns:
+        One row per method and seed: the rate, the parameters trained outside of the heads, test accuracy by task in %.
+    """
+    rows = []
+    for name, build in methods.items():
+        trials = {lr: learn(build, suite, lr=lr, seed=TUNING_SEED, **options) for lr in (lrs if len(lrs) > 1 else ())}
+        best = max(trials, key=lambda r: (sum(trials[r].val.values()), -trials[r].val_loss)) if trials else lrs[0]
+        for seed in seeds:
+            run = learn(build, suite, lr=best, seed=seed, **options)
+            rows.append({"method": name, "seed": seed, "lr": best, "trainable": trainable(run.model), **run.test})
+    return pd.DataFrame(rows)
+
+
+def conflict(run: MultiRun, suite: Mapping[str, Task], params: Sequence[Tensor] | None = None) -> Tensor:
+    """Cosines between the gradients of the tasks' training losses: ``(T, T)``.
+
+    Args:
+        run: of :func:`learn`.
+        suite: the tasks.
+        params: with respect to which; by default to all that is trained but the heads.
+    """
+    named = run.model.named_parameters()
+    chosen = [p for n, p in named if p.requires_grad and not n.startswith("head.")] if params is None else list(params)
+    rows = []
+    for name, part in suite.items():
+        run.tasks.use(name)
+        loss = F.cross_entropy(run.model(part.train.x), part.train.y + _first(run.model, run.tasks))
+        gradients = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
+        rows.append(F.normalize(torch.cat([g.flatten() for g in gradients]), dim=0))
+    stacked = torch.stack(rows)
+    return stacked @ stacked.T
+
+
+def _first(model: nn.Module, tasks: Tasks) -> Tensor | int:
+    """Number of the task's first class in the model's outputs."""
+    return tasks.pick(model.head.start) if isinstance(model.head, Heads) else 0
+
+
+def _pooled(suite: Mapping[str, Task], model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """All training images, their labels as the model counts classes, and their tasks."""
+    starts = model.head.start if isinstance(model.head, Heads) else torch.zeros(len(suite), dtype=torch.long)
+    sizes = torch.tensor([len(part.train.y) for part in suite.values()])
+    task = torch.arange(len(suite)).repeat_interleave(sizes)
+    x, y = (torch.cat([part.train[k] for part in suite.values()]) for k in (0, 1))
+    return x, y + starts[task], task

@@ -1,0 +1,156 @@
+r"""The directions in which rows of numbers vary most, found batch by batch.
+
+Two ways to the leading right singular vectors :math:`V` and singular values :math:`s` of centred rows
+:math:`X-\mathbf 1\mu^\top` that never are in memory together. :class:`Moments` sums their products (eq-eva-moments) and
+decomposes the sum once: exact, in any order of the batches. :func:`absorb` keeps the spectrum itself and takes a batch
+into it (eq-eva-incremental): less memory for wide rows, and at every step there is a spectrum to look at, but what
+falls out of the first ``k`` components is gone. It is the step of scikit-learn's ``IncrementalPCA``.
+
+>>> import torch
+>>> rows = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+>>> spectrum = absorb(None, rows, k=2)                    # more variance along the first axis
+>>> spectrum.components, spectrum.ratio
+(tensor([[1., 0.],
+        [0., 1.]]), tensor([0.8000, 0.2000]))
+>>> moments = Moments()
+>>> for batch in rows.split(2):
+...     moments.update(batch)
+>>> torch.allclose(moments.spectrum(2).components, spectrum.components)
+True
+>>> turned = absorb(spectrum, torch.tensor([[0.0, 9.0], [0.0, -9.0]]), k=2)
+>>> agreement(turned, spectrum, 1), agreement(turned, spectrum, 2, subspace=True)
+(0.0, 1.0)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Moments", "Spectrum", "absorb", "agreement"]
+
+SEED = 42  # of the first guess of the approximate way, as in PEFT
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The leading directions of some rows.
+
+    Attributes:
+        components: ``(k, i)``, orthonormal rows; of each the entry of largest size is positive.
+        singular: ``(k,)``, falling; of the centred rows.
+        mean: ``(i,)``; zero if the rows were not centred.
+        count: number of rows, m.
+        total: sum of the squares of the centred rows.
+    """
+
+    components: Tensor
+    singular: Tensor
+    mean: Tensor
+    count: int
+    total: float
+
+    @property
+    def ratio(self) -> Tensor:
+        """Share of the variance that each component explains, ``(k,)`` (eq-eva-ratio); 0 if nothing varies."""
+        # eq-eva-ratio:  xi_j = s_j^2 / ||X - 1 mu||_F^2
+        return self.singular**2 / self.total if self.total > 0 else torch.zeros_like(self.singular)
+
+
+def absorb(
+    old: Spectrum | None, rows: Tensor, k: int, *, center: bool = True, lowrank: bool = False
+) -> Spectrum:  # fmt: skip
+    """One step of incremental SVD (eq-eva-incremental): the spectrum of all rows so far, cut to ``k`` components.
+
+    Args:
+        old: of the rows so far; None at the start.
+        rows: ``(n, i)``, n >= 1.
+        k: components to keep, at most as many as there are.
+        center: decompose the rows' deviations from their mean; False: the rows.
+        lowrank: instead of an exact SVD, orthogonal iteration from the old components, much cheaper for many inputs.
+    """
+    n, m = len(rows), old.count if old else 0
+    mean = rows.mean(0) if center else rows.new_zeros(rows.shape[1])
+    stack = rows - mean
+    total = float(stack.square().sum())
+    if old:
+        # eq-eva-incremental:  [diag(s) V; X - 1 mean; sqrt(m n / (m + n)) (mu - mean)] = U s' V'
+        drift = (m * n / (m + n)) ** 0.5 * (old.mean - mean)
+        stack = torch.cat([old.singular[:, None] * old.components, stack, drift[None]])  # (k + n + 1, i)
+        total, mean = old.total + total + float(drift.square().sum()), (m * old.mean + n * mean) / (m + n)
+    if lowrank:
+        singular, components = _iterate(stack, k, old)
+    else:
+        _, singular, components = torch.linalg.svd(stack, full_matrices=False)
+    return Spectrum(_signed(components[:k]), singular[:k], mean, m + n, total)
+
+
+class Moments:
+    """Sums over rows from which their exact spectrum follows; ``(i, i)`` numbers.
+
+    Args:
+        center: as in :func:`absorb`.
+    """
+
+    def __init__(self, center: bool = True) -> None:
+        self.center, self.count = center, 0
+
+    def update(self, rows: Tensor) -> None:
+        """Take ``(n, i)`` more rows in."""
+        if not self.count:
+            i = rows.shape[1]
+            # All rows are taken relative to the first batch's mean, or a large mean would drown what varies.
+            self.shift = rows.mean(0) if self.center else rows.new_zeros(i)
+            self.sum, self.gram = rows.new_zeros(i), rows.new_zeros(i, i)
+        rows = rows - self.shift
+        self.count += len(rows)
+        self.sum += rows.sum(0)
+        # eq-eva-moments:  G = sum (x - c)(x - c)^T
+        self.gram.addmm_(rows.T, rows)
+
+    def spectrum(self, k: int) -> Spectrum:
+        """The ``k`` leading directions; solved in float64, where the squares of small singular values survive."""
+        device = "cpu" if self.gram.device.type == "mps" else self.gram.device
+        gram, total = self.gram.to(device, torch.float64), self.sum.to(device, torch.float64)
+        if self.center:
+            # eq-eva-moments:  (X - 1 mu)^T (X - 1 mu) = G - t t^T / m
+            gram = gram.addr(total, total, alpha=-1 / self.count)
+        values, vectors = torch.linalg.eigh(gram)  # rising
+        singular, components = values.clamp_min(0).sqrt().flip(0)[:k], _signed(vectors.T.flip(0)[:k])
+        mean = self.shift + self.sum / self.count if self.center else self.shift
+        varying = float(gram.trace().clamp_min(0))
+        return Spectrum(components.to(self.gram), singular.to(self.gram), mean, self.count, varying)
+
+
+def agreement(new: Spectrum, old: Spectrum, r: int, *, subspace: bool = False) -> float:
+    """How much the first ``r`` directions have stayed as they were (eq-eva-agreement): 1 if they have not moved.
+
+    The least signed cosine between a new component and the old one in its place; or, for spectra with equal values,
+    whose components turn for ever within their plane, the mean squared cosine between the subspaces.
+    """
+    a, b = new.components[:r], old.components[:r]
+    if len(b) < len(a):
+        return 0.0
+    # eq-eva-agreement:  min_j v'_j . v_j,   or   ||V' V^T||_F^2 / r
+    return float((a @ b.T).square().sum() / max(r, 1)) if subspace else min([1.0, *(a * b).sum(1).tolist()])
+
+
+def _iterate(stack: Tensor, k: int, old: Spectrum | None) -> tuple[Tensor, Tensor]:
+    """Leading singular values and right vectors by orthogonal iteration; PEFT's ``svd_lowrank`` starts from noise."""
+    q = min(2 * k, *stack.shape)
+    guess = torch.randn(stack.shape[1], q, generator=torch.Generator().manual_seed(SEED)).to(stack)
+    if old:
+        known = old.components[:q]
+        guess[:, : len(known)] = known.T
+    for _ in range(2 if old else 4):
+        guess = torch.linalg.qr(stack.T @ (stack @ guess)).Q
+    _, singular, turn = torch.linalg.svd(stack @ guess, full_matrices=False)
+    return singular, turn @ guess.T
+
+
+def _signed(components: Tensor) -> Tensor:
+    """Of each row the entry of largest size is made positive, so that one direction always has the same numbers."""
+    largest = components.gather(1, components.abs().argmax(1, keepdim=True))
+    return components * torch.where(largest < 0, -1, 1)

@@ -1,0 +1,274 @@
+r"""TeRA: a high-rank update from a frozen random tensor network and a few trained vectors.
+
+Gu, Zhou, Iacovides, Mandic, "TeRA: Vector-based Random Tensor Network for High-Rank Adaptation of LLMs", 2025,
+arXiv 2509.03234.
+
+The update :math:`\Delta W\in\mathbb R^{o\times i}` is folded, row-major, into a tensor with :math:`o=I_1\cdots I_k` and
+:math:`i=I_{k+1}\cdots I_N`, and written as a Tucker network (eq-tera-tensor)
+
+.. math::
+    \Delta\mathcal W(i_1,\dots,i_N)=\sum_{r_1,\dots,r_N}\mathcal G(r_1,\dots,r_N)\prod_n d^{(n)}(r_n)\,A^{(n)}(r_n,i_n),
+
+of which the core and the factors are random, frozen, and shared by all layers of one shape. Each layer trains the
+vectors :math:`d^{(n)}` between them, :math:`\sum_nR_n` numbers. As matrices (eq-tera-update):
+
+.. math::
+    \Delta W = L\,\mathrm{diag}(u)\,G\,\mathrm{diag}(v)\,M,\qquad
+    L=\Big(\bigotimes_{n\le k}A^{(n)}\Big)^{\!\top},\; M=\bigotimes_{n>k}A^{(n)},\;
+    u=\bigotimes_{n\le k}d^{(n)},\; v=\bigotimes_{n>k}d^{(n)} .
+
+Its rank is at most :math:`\min(\prod_{n\le k}R_n,\prod_{n>k}R_n)` (eq-tera-rank): with :math:`R_n=I_n` it can be full.
+
+================  =========================  =========================  ====================
+argument          here                       paper                      shape
+================  =========================  =========================  ====================
+``core``          :math:`G`                  :math:`\mathcal G`         ``(prod R, prod R)``
+``left[n]``       :math:`A^{(n)}, n\le k`    :math:`A^{(n)}`            ``(R_n, I_n)``
+``right[n]``      :math:`A^{(n)}, n>k`       :math:`A^{(n)}`            ``(R_n, I_n)``
+``d_left[n]``     :math:`d^{(n)}, n\le k`    :math:`d^{(n)}`            ``(R_n,)``
+``d_right[n]``    :math:`d^{(n)}, n>k`       :math:`d^{(n)}`            ``(R_n,)``
+================  =========================  =========================  ====================
+
+Reconstructed where the paper is silent (the first version was read; its appendix and code were not at hand):
+
+- the distribution of the bank: Gaussian, of variance :math:`1/R_n` for :math:`A^{(n)}` and :math:`1/\prod_{n>k}R_n` for
+  the core, so that with all vectors one the entries of :math:`\Delta W` have the core's variance;
+- which side of the layer stays one mode (here the output's), and which vector starts at zero (here :math:`d^{(1)}`, on
+  that side). With two zero vectors nothing would ever learn; weight decay pulls there, so train without.
+
+Differs from the paper: in its Theorem 3, whose two terms are in :func:`error_terms`, the largest entry of the core is
+squared, as it must be (eq-tera-bound).
+
+>>> import torch
+>>> from torch import nn
+>>> from peftref.adapters.core import adapters, inject, merge
+>>> net = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).double()
+>>> x = torch.randn(5, 12).double()
+>>> before = net(x)
+>>> inject(net, TeRA, ["0", "2", "4"], bank=Bank(seed=0))          # one bank, kept once for each shape
+['0', '2', '4']
+>>> torch.equal(net(x), before)
+True
+>>> a, b = adapters(net)["2"], adapters(net)["4"]
+>>> [tuple(d.shape) for d in a.parameters()], a.network is b.network
+([(8,), (4,), (2,)], True)
+>>> for d in a.parameters():
+...     _ = nn.init.normal_(d)
+>>> y = net(x)
+>>> merge(net)
+>>> torch.allclose(net(x), y), int(torch.linalg.matrix_rank(a.delta(None)[0])), rank_bound([8], [4, 2])
+(True, 8, 8)
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._modes import balanced
+from .contract import Adapter
+from .layers import Layer
+
+__all__ = ["Bank", "TeRA", "error_terms", "expand", "multiply", "rank_bound", "rank_one", "update"]
+
+FACTORS = ("random", "identity")
+
+
+def expand(vectors: Sequence[Tensor]) -> Tensor:
+    """The Kronecker product of vectors.
+
+    >>> expand([torch.tensor([1., 2.]), torch.tensor([1., 10.])]).tolist()
+    [1.0, 10.0, 2.0, 20.0]
+    """
+    return functools.reduce(torch.kron, vectors)
+
+
+def multiply(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """Rows ``(..., prod I)`` times the transposed Kronecker product of ``(R_n, I_n)``, one mode after the other."""
+    done = x.shape[:-1]
+    for factor in factors:  # the first of the modes to do becomes the last of those done, so all come round in order
+        x = x.reshape(*done, factor.shape[1], x.shape[-1] // factor.shape[1])
+        x = (x.mT @ factor.T).flatten(-2)
+    return x
+
+
+def update(
+    core: Tensor, left: Sequence[Tensor], right: Sequence[Tensor], d_left: Sequence[Tensor], d_right: Sequence[Tensor]
+) -> Tensor:
+    """The dense update, ``(o, i)``."""
+    # eq-tera-update:  dW = L diag(u) G diag(v) M
+    scaled = expand(d_left)[:, None] * core * expand(d_right)
+    half = multiply(scaled, [factor.T for factor in right])  # (prod R, i): rows times M
+    return multiply(half.T, [factor.T for factor in left]).T
+
+
+def rank_bound(left: Sequence[int], right: Sequence[int]) -> int:
+    """The largest rank of an update with these ``R_n`` on either side; a Gaussian bank with ``R_n <= I_n`` reaches it.
+
+    >>> rank_bound([4096], [16, 16, 16]), rank_bound([8, 8], [4, 4])
+    (4096, 16)
+    """
+    # eq-tera-rank:  min(prod_{n <= k} R_n, prod_{n > k} R_n)
+    return min(math.prod(left), math.prod(right))
+
+
+def rank_one(tensor: Tensor, steps: int = 50) -> tuple[Tensor, list[Tensor]]:
+    """The best rank-one tensor that power iteration finds: its length, and a unit vector for each mode.
+
+    The length is at most the tensor's spectral norm, and equal to it for matrices and in most small cases.
+    """
+    unfolded = [tensor.movedim(n, 0).flatten(1) for n in range(tensor.ndim)]
+    vectors = [torch.linalg.svd(matrix, full_matrices=False).U[:, 0] for matrix in unfolded]
+    length = tensor.new_zeros(())
+    for _ in range(steps):
+        for n in range(tensor.ndim):
+            v = unfolded[n] @ expand([*vectors[:n], *vectors[n + 1 :], tensor.new_ones(1)])
+            length = torch.linalg.vector_norm(v)
+            vectors[n] = v / length.clamp_min(torch.finfo(v.dtype).tiny)
+    return length, vectors
+
+
+def error_terms(
+    target: Tensor, core: Tensor, left: Sequence[Tensor], right: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, tuple[list[Tensor], list[Tensor]]]:
+    r"""Theorem 3: how well any vectors can make the update equal to ``target``, ``(o, i)``.
+
+    Returns:
+        The two terms of the bound on the squared error: what the factors cannot reach, and what the vectors, being few,
+        cannot; and vectors, left and right, with which the error is within the bound.
+    """
+    L, M = (functools.reduce(torch.kron, factors) for factors in (left, right))  # L here as its transpose
+    pull = torch.linalg.pinv(L).T @ target @ torch.linalg.pinv(M)
+    reached = L.T @ pull @ M
+    Z = (pull / core).reshape([len(factor) for factor in (*left, *right)])
+    length, vectors = rank_one(Z)
+    spread = Z.square().sum() - length.square()
+    # eq-tera-bound:  ||W - L L^+ W M^+ M||^2 + g^2 (||Z||^2 - ||Z||_s^2) ||L||^2 ||M||^2
+    few = core.abs().max().square() * spread.clamp_min(0) * L.square().sum() * M.square().sum()
+    vectors[0] = length * vectors[0]
+    return (target - reached).square().sum(), few, (vectors[: len(left)], vectors[len(left) :])
+
+
+class _Network(nn.Module):
+    """The frozen tensors of one shape."""
+
+    def __init__(self, seed: int, left: Sequence[tuple[int, int]], right: Sequence[tuple[int, int]], factors: str,
+                 saved: bool) -> None:  # fmt: skip
+        super().__init__()
+        # Shapes do not share numbers. Torch's CPU generator reads 32 bits of a seed, so all goes into these.
+        g = torch.Generator().manual_seed(zlib.crc32(repr((seed, tuple(left), tuple(right))).encode()))
+        # Drawn on the CPU in float32, whatever the default device and type: the same on every machine.
+        draw = functools.partial(torch.randn, generator=g, device="cpu", dtype=torch.float32)
+        rows, columns = (math.prod(r for r, _ in side) for side in (left, right))
+        self.register_buffer("core", draw(rows, columns) / math.sqrt(columns), persistent=saved)
+        for name, side in (("left", left), ("right", right)):
+            for n, (r, size) in enumerate(side):
+                factor = draw(r, size) / math.sqrt(r)
+                factor = factor if factors == "random" else torch.eye(r, size, device="cpu", dtype=torch.float32)
+                self.register_buffer(f"{name}_{n}", factor, persistent=saved)
+        self.sides = len(left), len(right)
+
+    def parts(self, like: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Core, left and right factors where ``like`` is; elsewhere only if layers of one shape are on many devices."""
+        left, right = ([getattr(self, f"{name}_{n}").to(like) for n in range(size)]
+                       for name, size in zip(("left", "right"), self.sides, strict=True))  # fmt: skip
+        return self.core.to(like), left, right
+
+
+class Bank:
+    """The frozen tensors of all layers, kept once for each shape: give the same bank to all.
+
+    Args:
+        seed: of all that is drawn: with it, a saved adapter finds its bank again.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+            raise ValueError(f"seed: expected an integer in [0, 2^31), got {seed!r}")
+        self.seed = seed
+        self.networks: dict[tuple, _Network] = {}
+
+    def network(self, left: Sequence[tuple[int, int]], right: Sequence[tuple[int, int]], factors: str, saved: bool
+                ) -> _Network:  # fmt: skip
+        """The tensors for modes ``(R_n, I_n)``, drawn when they are first asked for."""
+        key = (tuple(left), tuple(right), factors, saved)
+        if key not in self.networks:
+            self.networks[key] = _Network(self.seed, *key)
+        return self.networks[key]
+
+
+class TeRA(Adapter):
+    """Trained vectors in a frozen network (eq-tera-update).
+
+    Args:
+        base: the frozen layer.
+        out_modes, in_modes: how each side is split: into so many factors, as equal as they can be (a prime stays
+            whole), or into these. The default keeps the output whole and splits the input in two: in the paper it
+            hardly matters how one side is split, and accuracy falls when both are.
+        r: largest ``R_n``; None: ``R_n = I_n``, the paper's advice.
+        factors: "random", or "identity" for the paper's ablation, the core alone.
+        seed: of the bank; None: that of ``bank``, or 0.
+        save_bank: keep the bank in files too, once. It is large, and comes back from the seed unless torch's generator
+            should change.
+        bank: that the layers share; never in a file by itself. None: one of its own, with the same numbers.
+
+    Raises:
+        ValueError: modes that do not give the layer's size, a rank below one, unknown factors, or another seed than the
+            bank's.
+    """
+
+    kind = "tera"
+    options = ("out_modes", "in_modes", "r", "factors", "seed", "save_bank")
+
+    def __init__(
+        self, base: Layer, out_modes: int | Sequence[int] = 1, in_modes: int | Sequence[int] = 2, r: int | None = None,
+        factors: str = "random", seed: int | None = None, save_bank: bool = False, bank: Bank | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        left = _modes("out_modes", base.out_features, out_modes)
+        right = _modes("in_modes", base.in_features, in_modes)
+        if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
+            raise ValueError(f"r: expected a positive integer or None, got {r!r}")
+        if factors not in FACTORS:
+            raise ValueError(f"factors: expected one of {FACTORS}, got {factors!r}")
+        if bank is not None and seed not in (None, bank.seed):
+            raise ValueError(f"seed: expected that of the bank, {bank.seed}, or None, got {seed!r}")
+        bank = bank or Bank(seed or 0)
+        self.out_modes, self.in_modes = (m if isinstance(m, int) else list(m) for m in (out_modes, in_modes))
+        self.r, self.factors, self.seed, self.save_bank = r, factors, bank.seed, save_bank
+        sides = [[(min(size, r or size), size) for size in side] for side in (left, right)]
+        self.network = bank.network(*sides, factors, save_bank)
+        self.d_left = nn.ParameterList(torch.ones(rank) for rank, _ in sides[0])
+        self.d_right = nn.ParameterList(torch.ones(rank) for rank, _ in sides[1])
+        nn.init.zeros_(self.d_left[0])  # one vector alone: with two zeros no gradient would ever flow
+
+    def forward(self, x: Tensor, y0: Tensor, base: Layer) -> Tensor:
+        core, left, right = self.network.parts(y0)
+        n, o, i = y0.numel() // base.out_features, base.out_features, base.in_features
+        (P, Q), out, into = core.shape, *(sum(f.shape[1] for f in side) for side in (left, right))
+        if n * (P * (Q + out) + Q * into) >= P * Q * into + P * i * out + n * o * i:
+            return base.linear(x, self.delta(base)[0])  # many rows: the dense update first
+        # eq-tera-update:  dy = L (u * G (v * M x))
+        z = multiply(base.rows(x), right) * expand(list(self.d_right))
+        z = F.linear(z, core) * expand(list(self.d_left))
+        return multiply(z, [factor.T for factor in left])
+
+    def delta(self, base: Layer) -> tuple[Tensor, Tensor | None]:
+        parts = self.network.parts(self.d_left[0])
+        return update(*parts, list(self.d_left), list(self.d_right)), None
+
+
+def _modes(label: str, size: int, wanted: int | Sequence[int]) -> tuple[int, ...]:
+    whole = isinstance(wanted, int) and not isinstance(wanted, bool)
+    if whole and wanted >= 1:
+        return tuple(m for m in balanced(size, wanted) if m > 1) or (1,)
+    modes = None if whole or isinstance(wanted, (bool, str)) else tuple(wanted)
+    if not modes or not all(isinstance(m, int) and m >= 1 for m in modes) or math.prod(modes) != size:
+        raise ValueError(f"{label}: expected a number of modes, or sizes with the product {size}, got {wanted!r}")
+    return modes

@@ -1,0 +1,243 @@
+r"""VL-Adapter: bottleneck adapters that several tasks share, in whole, by half, or not at all.
+
+Sung, Cho, Bansal, "VL-Adapter: Parameter-Efficient Transfer Learning for Vision-and-Language Tasks", CVPR 2022,
+arXiv 2112.06825.
+
+On the output :math:`h\in\mathbb R^d` of a frozen sub-layer (attention's projection, the MLP's second layer) task
+:math:`\tau` adds (eq-vl_adapter-bottleneck)
+
+.. math:: f_\tau(h)=U_\tau\,\phi(D_\tau h+b_\tau)+c_\tau,\qquad D_\tau\in\mathbb R^{r\times d},\
+   U_\tau\in\mathbb R^{d\times r},\ r=\lfloor d/\text{reduction}\rfloor .
+
+Which halves carry the index :math:`\tau` is the question of the paper: none (*single*), both (*multiple*), or one
+(*half-shared*). A shared half gets the sum of the gradients of the tasks' losses (eq-vl_adapter-gradient),
+:math:`\nabla_U\sum_\tau L_\tau=\sum_\tau\nabla_UL_\tau`: tasks with little data borrow, tasks at odds interfere.
+:math:`D,U` may also be sums of Kronecker products (:mod:`peftref.adapters.phm`), or come from a network
+(:mod:`peftref.adapters.hyperformer`).
+
+==================  =======================  =====================  ==========
+argument            here                     paper                  shape
+==================  =======================  =====================  ==========
+``down.weight``     :math:`D`                :math:`\theta_D`       ``(T, r, d)``, or ``(1, r, d)`` where shared
+``down.bias``       :math:`b`                                       ``(T, r)``
+``up.weight``       :math:`U`                :math:`\theta_U`       ``(T, d, r)``
+``up.bias``         :math:`c`                                       ``(T, d)``
+``reduction``                                reduction factor       number
+``phm``             :math:`n`                :math:`k`              integer
+==================  =======================  =====================  ==========
+
+Differs from the official code: the adapter starts as the identity (:math:`U=0,c=0`; ``init="paper"`` draws it as
+there); weights of all tasks lie in one tensor, so that a batch may mix tasks, and a shared half is there once, in
+memory and in files. The non-linearity is the official one, GELU in its tanh form.
+
+>>> import torch
+>>> from torch import nn
+>>> from peftref.adapters.core import adapters, inject
+>>> net, tasks = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), Tasks(["vqa", "gqa"])
+>>> inject(net, VLAdapter, ["0"], reduction=4, sharing="half-up", tasks=tasks)
+['0']
+>>> {name: tuple(p.shape) for name, p in adapters(net)["0"].named_parameters()}
+{'down.weight': (2, 2, 8), 'down.bias': (2, 2), 'up.weight': (1, 8, 2), 'up.bias': (1, 8)}
+>>> x = torch.randn(3, 4)
+>>> tasks.use("gqa")                               # a batch of one task,
+>>> y = net(x)
+>>> tasks.use(["vqa", "gqa", "gqa"])               # or the task of each row
+>>> torch.allclose(net(x), y)                      # still the identity, for every task
+True
+>>> tasks.use("nlvr")
+Traceback (most recent call last):
+ValueError: which: expected some of ['vqa', 'gqa'], got 'nlvr'
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .contract import Adapter
+from .layers import Layer
+from .phm import PHM, Rule
+
+__all__ = ["SHARING", "Stack", "Tasks", "VLAdapter", "affine", "bottleneck"]
+
+SHARING = ("single", "multiple", "half-up", "half-down")  # "half-up": U is shared, each task has its D
+
+
+class Tasks:
+    """Names of the tasks, and which of them are in the batch: all adapters of a model read it from one such object.
+
+    Args:
+        names: of the tasks, in the order of the weights.
+
+    Attributes:
+        current: a number for a batch of one task, ``(N,)`` numbers for one of many; None until :meth:`use` is called.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        if isinstance(names, str) or not self.names or len(set(self.names)) < len(self.names):
+            raise ValueError(f"names: expected a list of different names, got {names!r}")
+        self.current: int | Tensor | None = 0 if len(self.names) == 1 else None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def use(self, which: str | Sequence[str] | Tensor) -> None:
+        """Say which task comes next: one name, or for a mixed batch a name or a number for every element.
+
+        Raises:
+            ValueError: a name or a number that is not there.
+        """
+        if isinstance(which, Tensor):
+            if which.ndim != 1 or which.is_floating_point() or not ((which >= 0) & (which < len(self))).all():
+                raise ValueError(f"which: expected (N,) integers below {len(self)}, got {which}")
+            self.current = which.long()
+            return
+        asked = [which] if isinstance(which, str) else list(which)
+        if any(name not in self.names for name in asked):
+            raise ValueError(f"which: expected some of {self.names}, got {which!r}")
+        numbers = [self.names.index(name) for name in asked]
+        self.current = numbers[0] if isinstance(which, str) else torch.tensor(numbers, dtype=torch.long)
+
+    @property
+    def one(self) -> int | None:
+        """The number of the task, where the batch is of one task."""
+        return self.current if isinstance(self.current, int) else None
+
+    def pick(self, stack: Tensor) -> Tensor:
+        """Of ``(T, ...)`` the entry of the task, or ``(N, ...)`` for a mixed batch; of a shared ``(1, ...)`` the one."""
+        if len(stack) == 1:
+            return stack[0]
+        if self.current is None:
+            raise ValueError(f"tasks: expected one of {self.names} to be chosen by use(), got none")
+        return stack[self.current if isinstance(self.current, int) else self.current.to(stack.device)]
+
+
+def affine(h: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    """``h @ W.T + b`` with one matrix ``(o, i)``, or ``(N, o, i)``: one for each element of a batch ``(N, ..., i)``.
+
+    >>> h, W, b = torch.ones(2, 5, 3), torch.ones(2, 4, 3), torch.zeros(2, 4)
+    >>> affine(h, W, b).shape
+    torch.Size([2, 5, 4])
+    """
+    if W.ndim == 2:
+        return F.linear(h, W, b)
+    if h.ndim < 2 or len(h) != len(W):
+        raise ValueError(f"tasks: expected the task of each of the {len(W)} elements of a batch, got {tuple(h.shape)}")
+    rows = h.reshape(len(h), math.prod(h.shape[1:-1]), h.shape[-1])  # (N, tokens, i)
+    return torch.baddbmm(b[:, None], rows, W.mT).reshape(*h.shape[:-1], W.shape[1])
+
+
+def bottleneck(h: Tensor, D: Tensor, b: Tensor, U: Tensor, c: Tensor) -> Tensor:
+    r"""The increment :math:`U\phi(Dh+b)+c` to ``h``, whose last dimension is d (eq-vl_adapter-bottleneck)."""
+    # eq-vl_adapter-bottleneck:  f(h) = U gelu(D h + b) + c
+    return affine(F.gelu(affine(h, D, b), approximate="tanh"), U, c)
+
+
+class VLAdapter(Adapter):
+    """A bottleneck on the output of a sub-layer, with a sharing pattern over tasks.
+
+    Args:
+        base: the frozen layer, with d outputs.
+        reduction: r is ``d / reduction``, rounded down, at least 1 (8: the official scripts).
+        sharing: one of :data:`SHARING`; "single" (the default, and the paper's choice) ignores the task.
+        phm: n of the Kronecker products, 1 for ordinary matrices (2: the official Compacter scripts).
+        rank: of Compacter's factors, 0 for whole ones (0: as in the official scripts).
+        init: "zero" starts as the identity; "paper" draws U and the biases at random too.
+        task_names: of a file, to be compared with ``tasks``; leave it out.
+        tasks: the object that knows the task; for all but "single".
+        rule: :math:`A_k` shared with other layers (and by D and U); by default each matrix has its own.
+
+    Raises:
+        ValueError: an option out of its range; tasks that are missing or not those of the file; an n that does not
+            divide d and r.
+    """
+
+    kind, mergeable = "vl_adapter", False
+    options = ("reduction", "sharing", "phm", "rank", "init", "task_names")
+
+    def __init__(
+        self, base: Layer, reduction: float = 8, sharing: str = "single", phm: int = 1, rank: int = 0,
+        init: str = "zero", task_names: Sequence[str] | None = None, *,
+        tasks: Tasks | None = None, rule: Rule | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if not (math.isfinite(reduction) and reduction > 0):
+            raise ValueError(f"reduction: expected a positive number, got {reduction!r}")
+        if sharing not in SHARING:
+            raise ValueError(f"sharing: expected one of {SHARING}, got {sharing!r}")
+        if isinstance(phm, bool) or not isinstance(phm, int) or phm < 1:
+            raise ValueError(f"phm: expected a positive integer, got {phm!r}")
+        if phm == 1 and (rank or rule is not None):
+            raise ValueError(f"phm: expected 2 or more for a rank or a rule, got 1 with rank={rank}, rule={rule}")
+        if init not in ("zero", "paper"):
+            raise ValueError(f"init: expected 'zero' or 'paper', got {init!r}")
+        self.task_names = None if sharing == "single" else _agreed(tasks, task_names)
+        self.reduction, self.sharing, self.phm, self.rank, self.init = reduction, sharing, phm, rank, init
+        self.tasks = tasks or Tasks(["all"])
+        self.own = {"down": sharing in ("multiple", "half-up"), "up": sharing in ("multiple", "half-down")}
+        d = base.out_features
+        r, zero = max(1, int(d / reduction)), init == "zero"
+        self.down, self.up = (
+            Stack(len(self.tasks) if self.own[half] else 1, i, o, zero=zero and half == "up", zero_bias=zero)
+            if phm == 1
+            else PHM(len(self.tasks) if self.own[half] else 1, i, o, phm, rank, rule, zero=zero and half == "up")
+            for half, i, o in (("down", d, r), ("up", r, d))
+        )
+
+    def forward(self, x: Tensor, y0: Tensor, base: Layer) -> Tensor:
+        pick, one = self.tasks.pick, self.tasks.one
+        (D, b), (U, c) = self.down(one), self.up(one)
+        return bottleneck(y0, pick(D), pick(b), pick(U), pick(c))
+
+    def subset(self, tasks: Tasks) -> VLAdapter:
+        """A copy for some of the tasks, in the order of ``tasks``; halves that are shared stay as they are.
+
+        Raises:
+            ValueError: a task that the adapter has no weights for.
+        """
+        names = tasks.names if self.task_names is None else self.task_names
+        if unknown := [name for name in tasks.names if name not in names]:
+            raise ValueError(f"tasks: expected some of {names}, got {unknown}")
+        shared = [m for m in self.modules() if isinstance(m, Rule) and m.A.ndim == 3]
+        new = copy.deepcopy(self, {id(self.tasks): tasks} | {id(rule): rule for rule in shared})
+        if self.task_names is not None:
+            new.task_names, keep = list(tasks.names), [names.index(name) for name in tasks.names]
+            for half in (half for half, own in self.own.items() if own):
+                for p in (p for p in getattr(new, half).parameters() if all(p is not rule.A for rule in shared)):
+                    p.data = p.data[keep]
+        return new
+
+
+class Stack(nn.Module):
+    """Matrices with biases, one for each task or one for all.
+
+    Args:
+        copies: T.
+        i, o: inputs and outputs of each.
+        zero, zero_bias: start at zero, or else as ``nn.Linear`` does.
+    """
+
+    def __init__(self, copies: int, i: int, o: int, zero: bool = False, zero_bias: bool = True) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(i)
+        self.weight = nn.Parameter(torch.empty(copies, o, i).uniform_(-bound, bound) * (not zero))
+        self.bias = nn.Parameter(torch.empty(copies, o).uniform_(-bound, bound) * (not zero_bias))
+
+    def forward(self, one: int | None = None) -> tuple[Tensor, Tensor]:
+        """``(T, o, i)`` and ``(T, o)``."""
+        return self.weight, self.bias
+
+
+def _agreed(tasks: Tasks | None, task_names: Sequence[str] | None) -> list[str]:
+    """The names of the tasks, where a file, if there is one, has them in the same order."""
+    if tasks is None:
+        raise ValueError("tasks: expected a Tasks, from which the adapter reads the task, got None")
+    if task_names is not None and list(task_names) != tasks.names:
+        raise ValueError(f"tasks: expected those that the weights were made for, {list(task_names)}, got {tasks.names}")
+    return list(tasks.names)
