@@ -46,9 +46,7 @@ def ours(size: dict[str, int], r: int, kind: type[Bone] = Bone, **options: str) 
 
 def theirs(size: dict[str, int], r: int, twin: nn.Module, init: str | bool) -> nn.Module:
     """PEFT's, with the same blocks."""
-    model = peft.inject_adapter_in_model(
-        peft.MissConfig(target_modules=TARGETS, r=r, init_weights=init), block(**size)
-    )
+    model = peft.inject_adapter_in_model(peft.MissConfig(target_modules=TARGETS, r=r, init_weights=init), block(**size))
     with torch.no_grad():
         for name, adapter in adapters(twin).items():
             model.get_submodule(name).miss_block["default"].copy_(adapter.miss_block)
@@ -56,9 +54,7 @@ def theirs(size: dict[str, int], r: int, twin: nn.Module, init: str | bool) -> n
 
 
 def lora(size: dict[str, int], r: int) -> nn.Module:
-    return stir(
-        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=TARGETS, r=r, lora_alpha=r), block(**size))
-    )
+    return stir(peft.inject_adapter_in_model(peft.LoraConfig(target_modules=TARGETS, r=r, lora_alpha=r), block(**size)))
 
 
 def rows(size: dict[str, int] = SIZE, x: Tensor | None = None, r: int = 64) -> list[Row]:
