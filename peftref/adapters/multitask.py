@@ -20,8 +20,10 @@ torch.Size([2, 2])
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -29,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import Split
-from ..models import predict
+from ..vit import ViT
 from .contract import Adapter
 from .layers import Layer
 from .tasks import TUNING_SEED, Task, accuracy, fresh, trainable
@@ -39,7 +41,7 @@ __all__ = [
     "EVEN", "SUBLAYERS", "Heads", "MultiRun", "TaskToken", "compare_sharing", "conflict", "learn", "relabelled",
 ]  # fmt: skip
 
-SUBLAYERS = r"blocks\.\d+\.(attn\.proj|mlp\.fc2)"  # where the paper puts adapters: after each sub-layer
+SUBLAYERS = r"(.*\.)?blocks\.\d+\.(attn\.proj|mlp\.fc2)"  # where the paper puts adapters: after each sub-layer
 EVEN = (1, 0) * 5  # of the digits: is it even?
 
 
@@ -90,7 +92,9 @@ class TaskToken(Adapter):
 
     def forward(self, x: Tensor, y0: Tensor, base: Layer) -> Tensor:
         token = self.tasks.pick(self.token)  # (o,) or (N, o)
-        return (token if token.ndim == 1 else token[:, None]).expand_as(y0)
+        if token.ndim == 2:
+            token = token.unflatten(0, (len(token), *(1,) * (y0.ndim - 2)))  # (N, 1, ..., o)
+        return token.expand_as(y0)
 
 
 @dataclass
@@ -100,6 +104,7 @@ class MultiRun:
     Attributes:
         model: in eval mode.
         tasks: what to tell the task to.
+        frozen: how many of the first blocks nothing was put into.
         losses: mean over the batch at each step, ``(steps,)``.
         val, test: accuracies in %, by task.
         val_loss: mean cross-entropy over tasks.
@@ -107,6 +112,7 @@ class MultiRun:
 
     model: nn.Module
     tasks: Tasks
+    frozen: int
     losses: Tensor
     val: dict[str, float]
     test: dict[str, float]
@@ -115,10 +121,11 @@ class MultiRun:
 
 def learn(
     build: Callable[[nn.Module, Tasks], object], suite: Mapping[str, Task], *, lr: float, seed: int = 0,
-    steps: int = 150, batch_size: int = 64, common_head: bool = False,
+    steps: int = 150, batch_size: int = 64, common_head: bool = False, start: Callable[[int], nn.Module] = fresh,
 ) -> MultiRun:  # fmt: skip
     """Train what ``build`` leaves trainable, and the heads, on all tasks together, as
-    :func:`peftref.adapters.tasks.adapt` trains on one.
+    :func:`peftref.adapters.tasks.adapt` trains on one. Blocks before the first that has something to train are computed
+    once for each image.
 
     Args:
         build: gets a :func:`~peftref.adapters.tasks.fresh` network and the :class:`Tasks`; changes it in place.
@@ -127,6 +134,10 @@ def learn(
         seed: of heads, adapters and batches; the global generator stays as it was.
         steps, batch_size: of the training.
         common_head: one head for all tasks, which must have the same classes.
+        start: makes another frozen network for a number of classes, with ``head`` and ``num_features``.
+
+    Raises:
+        ValueError: a common head for tasks with different classes.
     """
     y = {name: torch.cat([part.y for part in task[1:]]) for name, task in suite.items()}
     classes = [int(labels.max()) + 1 for labels in y.values()]
@@ -135,7 +146,7 @@ def learn(
     tasks = Tasks(list(suite))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = fresh(classes[0])
+        model = start(classes[0])
         build(model, tasks)
         if not common_head:
             model.head = Heads(model.num_features, classes, tasks)
@@ -143,13 +154,14 @@ def learn(
         params = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-        x, labels, task = _pooled(suite, model)
+        frozen = _frozen(model)
+        x, labels, task = _pooled(suite, model, frozen)
         model.train()
         losses = []
         for _ in range(steps):
             i = torch.randint(len(labels), (batch_size,))
             tasks.use(task[i])
-            loss = F.cross_entropy(model(x[i]), labels[i])
+            loss = F.cross_entropy(_rest(model, x[i], frozen), labels[i])
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(params, 1.0)
@@ -161,16 +173,16 @@ def learn(
     for name, part in suite.items():
         tasks.use(name)
         first = _first(model, tasks)
-        logits = predict(model, part.val.x)
-        val[name] = accuracy(logits, part.val.y + first)
-        val_loss.append(F.cross_entropy(logits, part.val.y + first))
-        test[name] = accuracy(predict(model, part.test.x), part.test.y + first)
-    return MultiRun(model, tasks, torch.stack(losses), val, test, float(torch.stack(val_loss).mean()))
+        with torch.inference_mode():
+            ours, others = (_rest(model, _start(model, p.x, frozen), frozen) for p in (part.val, part.test))
+        val[name], test[name] = accuracy(ours, part.val.y + first), accuracy(others, part.test.y + first)
+        val_loss.append(F.cross_entropy(ours, part.val.y + first))
+    return MultiRun(model, tasks, frozen, torch.stack(losses), val, test, float(torch.stack(val_loss).mean()))
 
 
 def compare_sharing(
     methods: Mapping[str, Callable[[nn.Module, Tasks], object]], suite: Mapping[str, Task], *,
-    seeds: Sequence[int] = (0, 1, 2), lrs: Sequence[float] = (3e-3, 1e-2), **options: int,
+    seeds: Sequence[int] = (0, 1, 2), lrs: Sequence[float] = (3e-3, 1e-2), **options: Any,
 ) -> pd.DataFrame:  # fmt: skip
     """Each method at the rate that was best for it on the validation images of all tasks, once for every seed.
 
@@ -200,7 +212,8 @@ def conflict(run: MultiRun, suite: Mapping[str, Task], params: Sequence[Tensor] 
     rows = []
     for name, part in suite.items():
         run.tasks.use(name)
-        loss = F.cross_entropy(run.model(part.train.x), part.train.y + _first(run.model, run.tasks))
+        logits = _rest(run.model, _start(run.model, part.train.x, run.frozen), run.frozen)
+        loss = F.cross_entropy(logits, part.train.y + _first(run.model, run.tasks))
         gradients = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
         rows.append(F.normalize(torch.cat([g.flatten() for g in gradients]), dim=0))
     stacked = torch.stack(rows)
@@ -212,10 +225,37 @@ def _first(model: nn.Module, tasks: Tasks) -> Tensor | int:
     return tasks.pick(model.head.start) if isinstance(model.head, Heads) else 0
 
 
-def _pooled(suite: Mapping[str, Task], model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """All training images, their labels as the model counts classes, and their tasks."""
+def _frozen(model: ViT) -> int:
+    """Number of the first blocks that, with all before them, have nothing to train."""
+    blocks = getattr(model, "blocks", ())
+    busy = [i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters())]
+    after = ("blocks.", "norm.", "head.")
+    before = any(p.requires_grad for n, p in model.named_parameters() if not n.startswith(after))
+    return 0 if before else min(busy, default=len(blocks))
+
+
+@torch.no_grad()
+def _embed(model: ViT, x: Tensor, frozen: int) -> Tensor:
+    """What the first blocks make of images, ``(N, T, d)``."""
+    head = copy.copy(model)  # shares all weights
+    head._modules = {**model._modules, "blocks": model.blocks[:frozen], "norm": nn.Identity()}
+    return torch.cat([head.forward_features(part) for part in x.split(500)])
+
+
+def _start(model: ViT, x: Tensor, frozen: int) -> Tensor:
+    """Input of :func:`_rest`: images, or where blocks are frozen, tokens after them."""
+    return _embed(model, x, frozen) if frozen else x
+
+
+def _rest(model: ViT, h: Tensor, frozen: int) -> Tensor:
+    """Logits from there on."""
+    return model.forward_head(model.norm(model.blocks[frozen:](h))) if frozen else model(h)
+
+
+def _pooled(suite: Mapping[str, Task], model: ViT, frozen: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All training images up to where training starts, their labels as the model counts classes, and their tasks."""
     starts = model.head.start if isinstance(model.head, Heads) else torch.zeros(len(suite), dtype=torch.long)
     sizes = torch.tensor([len(part.train.y) for part in suite.values()])
     task = torch.arange(len(suite)).repeat_interleave(sizes)
     x, y = (torch.cat([part.train[k] for part in suite.values()]) for k in (0, 1))
-    return x, y + starts[task], task
+    return _start(model, x, frozen), y + starts[task], task
