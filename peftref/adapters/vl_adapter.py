@@ -110,7 +110,7 @@ class Tasks:
         return self.current if isinstance(self.current, int) else None
 
     def pick(self, stack: Tensor) -> Tensor:
-        """Of ``(T, ...)`` the entry of the task, or ``(N, ...)`` for a mixed batch; of a shared ``(1, ...)`` the one."""
+        """Of ``(T, ...)`` the task's entry, or ``(N, ...)`` for a mixed batch; of a shared ``(1, ...)`` that one."""
         if len(stack) == 1:
             return stack[0]
         if self.current is None:

@@ -374,10 +374,13 @@ def test_the_model_is_left_as_it_was(broken: str | None) -> None:
         extra["mask"] = lambda batch: torch.ones(3, dtype=torch.bool)
     if broken == "data":
         batches = (batch if j < 2 else 1 / 0 for j, batch in enumerate(batches))
-    errors = {"forward": (RuntimeError, "out of memory"), "data": (ZeroDivisionError, "division"),
-              "nan": (ValueError, "batches: expected finite inputs of every layer, got NaN or infinity into q"),
-              "mask": (ValueError, r"mask: expected one value for each row of the input, \(5, 7\) for q, got \(3,\)"),
-              "unseen": (ValueError, r"targets: expected layers that the batches reach, got none for \['idle'\]")}
+    errors = {
+        "forward": (RuntimeError, "out of memory"),
+        "data": (ZeroDivisionError, "division"),
+        "nan": (ValueError, "batches: expected finite inputs of every layer, got NaN or infinity into q"),
+        "mask": (ValueError, r"mask: expected one value for each row of the input, \(5, 7\) for q, got \(3,\)"),
+        "unseen": (ValueError, r"targets: expected layers that the batches reach, got none for \['idle'\]"),
+    }
     if broken:
         error, said = errors[broken]
         with pytest.raises(error, match=said):
