@@ -28,6 +28,9 @@ class ByAutograd(Bone):
     def forward(self, x: Tensor, y0: Tensor, base: Layer) -> Tensor:
         return F.linear(x, bat(base.weight, self.miss_block))
 
+    def whole(self, x: Tensor, base: Layer) -> Tensor:
+        return F.linear(x, base.weight + bat(base.weight, self.miss_block), base.bias)
+
 
 class ByMatrix(Bone):
     """The pooled form as a LoRA whose first matrix is the frozen tiles."""

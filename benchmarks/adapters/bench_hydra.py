@@ -71,9 +71,7 @@ def published(size: dict[str, int], twin: nn.Module) -> nn.Module:
 
 
 def lora(size: dict[str, int], r: int) -> nn.Module:
-    return stir(
-        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=TARGETS, r=r, lora_alpha=r), block(**size))
-    )
+    return stir(peft.inject_adapter_in_model(peft.LoraConfig(target_modules=TARGETS, r=r, lora_alpha=r), block(**size)))
 
 
 def rows(size: dict[str, int] = SIZE, x: Tensor | None = None) -> list[Row]:

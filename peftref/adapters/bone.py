@@ -156,11 +156,14 @@ class Bone(Adapter):
         if self.variant == "bat":
             if windows:
                 return base.linear(x, bat(base.weight, self.miss_block))
-            return _Bat.apply(x, view(base.module, base.module.weight.dtype).weight, self.miss_block)
+            return _Bat.apply(x, view(base.module, base.module.weight.dtype).weight, self.miss_block, False, None)
         D = self._columns(base)
         # eq-bone-pooled:  dy = (x S^T) D
         S_x = base.linear(x, tiles(self.r, base.in_features).to(D)) if windows else pool(x, self.r)
         return F.linear(S_x, D.T)
+
+    def whole(self, x: Tensor, base: Layer) -> Tensor | None:
+        return _Bat.apply(x, base.weight, self.miss_block, True, base.bias) if self.variant == "bat" else None
 
     def delta(self, base: Layer) -> tuple[Tensor, Tensor | None]:
         if self.variant == "bat":
@@ -184,19 +187,23 @@ class Bone(Adapter):
 
 
 class _Bat(torch.autograd.Function):
-    """``x @ bat(W, B).T``, of which nothing is kept but x, W and B: the update is made again in the backward pass."""
+    """``x @ bat(W, B).T``, or with W and the bias in it the whole layer's output.
+
+    Nothing is kept but x, W and B: the update is made again in the backward pass.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, block: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, block: Tensor, whole: bool, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, block)
-        return F.linear(x, bat(weight.to(block.dtype), block))
+        ctx.whole = whole
+        return F.linear(x, _bat(weight.to(block.dtype), block, whole), bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, block = ctx.saved_tensors
         weight, dx, dB = weight.to(block.dtype), None, None
         if ctx.needs_input_grad[0]:
-            dx = (grad @ bat(weight, block).to(grad.dtype)).to(x.dtype)
+            dx = (grad @ _bat(weight, block, ctx.whole).to(grad.dtype)).to(x.dtype)
         if ctx.needs_input_grad[2]:
             groups, r, _ = block.shape
             flat = lambda t: t.reshape(-1, t.shape[-1])  # noqa: E731
@@ -204,4 +211,8 @@ class _Bat(torch.autograd.Function):
             rows, of = weight.reshape(groups, -1, r), G.view(groups, -1, r)
             # eq-bone-gradient:  dB_a = sum_b W_ab^T G_ab + sum_b G_ab
             dB = torch.baddbmm(G.view(groups, r, -1, r).sum(2), rows.mT, of)
-        return dx, None, dB
+        return dx, None, dB, None, None
+
+
+def _bat(weight: Tensor, block: Tensor, whole: bool) -> Tensor:
+    return bat(weight, block).add_(weight) if whole else bat(weight, block)

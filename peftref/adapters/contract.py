@@ -89,6 +89,8 @@ class Adapter(nn.Module):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if "forward" in vars(cls) and "whole" not in vars(cls):
+            cls.whole = Adapter.whole  # of another increment, what was inherited is the wrong output
         if "kind" in vars(cls):
             KINDS[cls.kind] = cls
 
@@ -104,6 +106,14 @@ class Adapter(nn.Module):
 
     def delta(self, base: Layer) -> tuple[Tensor, Tensor | None]:
         raise TypeError(f"delta: expected a linear adapter, got {self.kind}, which cannot be merged")
+
+    def whole(self, x: Tensor, base: Layer) -> Tensor | None:
+        """The output of the layer with this adapter, in one product with ``W + dW``; None (the default): by increment.
+
+        For an update that has to be made as a matrix anyway. Asked for where it is alone on an ``nn.Linear``, and
+        input, weight and adapter are of one type, so that no sum is rounded earlier than the increment's would be.
+        """
+        return None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -143,6 +153,8 @@ class Host(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = [] if self.merged else [self.adapters[name] for name in self.active]
+        if len(active) == 1 and (y := self._whole(active[0], x)) is not None:
+            return y
         y0, inputs = tapped(self.base_layer, [a.tap for a in active if a.tap], x, *args, **kwargs)
         if not active:
             return y0
@@ -154,6 +166,10 @@ class Host(nn.Module):
             total = increment if total is None else total + increment
         # eq-adapters-contract: the sum is taken in the adapters' type and rounded once
         return (y0 + base.from_rows(total, y0)).to(y0.dtype)
+
+    def _whole(self, adapter: Adapter, x: Tensor) -> Tensor | None:
+        plain = type(self.base_layer) is nn.Linear and x.dtype == self.base_layer.weight.dtype == adapter.dtype
+        return adapter.whole(x, view(self.base_layer, adapter.dtype)) if plain else None
 
     @torch.no_grad()
     def fold(self) -> tuple[Tensor, Tensor | None]:

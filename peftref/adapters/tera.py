@@ -249,15 +249,25 @@ class TeRA(Adapter):
         nn.init.zeros_(self.d_left[0])  # one vector alone: with two zeros no gradient would ever flow
 
     def forward(self, x: Tensor, y0: Tensor, base: Layer) -> Tensor:
+        if self._dense(y0.numel() // base.out_features, base):
+            return base.linear(x, self.delta(base)[0])
         core, left, right = self.network.parts(y0)
-        n, o, i = y0.numel() // base.out_features, base.out_features, base.in_features
-        (P, Q), out, into = core.shape, *(sum(f.shape[1] for f in side) for side in (left, right))
-        if n * (P * (Q + out) + Q * into) >= P * Q * into + P * i * out + n * o * i:
-            return base.linear(x, self.delta(base)[0])  # many rows: the dense update first
         # eq-tera-update:  dy = L (u * G (v * M x))
         z = multiply(base.rows(x), right) * expand(list(self.d_right))
         z = F.linear(z, core) * expand(list(self.d_left))
         return multiply(z, [factor.T for factor in left])
+
+    def whole(self, x: Tensor, base: Layer) -> Tensor | None:
+        if self._dense(x.numel() // base.in_features, base):
+            return F.linear(x, base.weight + self.delta(base)[0], base.bias)
+        return None
+
+    def _dense(self, n: int, base: Layer) -> bool:
+        """With many rows it is less to form dW first; compared are the multiplications."""
+        core, left, right = self.network.parts(self.d_left[0])
+        o, i = base.out_features, base.in_features
+        (P, Q), out, into = core.shape, *(sum(f.shape[1] for f in side) for side in (left, right))
+        return n * (P * (Q + out) + Q * into) >= P * Q * into + P * i * out + n * o * i
 
     def delta(self, base: Layer) -> tuple[Tensor, Tensor | None]:
         parts = self.network.parts(self.d_left[0])

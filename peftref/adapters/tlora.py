@@ -265,8 +265,8 @@ class TLoRA(Adapter):
         return ring_factors(self.B, self.C) if self.residual == "tr" else (self.B[0], self.C[0])
 
     def forward(self, x: Tensor, y0: Tensor, base: Layer) -> Tensor:
-        # eq-tlora-update:  dy = W (T x - x) + Delta x; with more rows than the weight has it is less to form dW first
-        if self.transform_rank and y0.numel() > base.out_features**2:
+        # eq-tlora-update:  dy = W (T x - x) + Delta x
+        if self._dense(y0.numel() // base.out_features, base):
             return base.linear(x, self.delta(base)[0])
         dy = torch.zeros_like(y0)
         if self.transform_rank:
@@ -276,6 +276,15 @@ class TLoRA(Adapter):
             up, down = self.factors()
             dy = dy + F.linear(base.linear(x, down), up)
         return dy
+
+    def whole(self, x: Tensor, base: Layer) -> Tensor | None:
+        if self._dense(x.numel() // base.in_features, base):
+            return F.linear(x, base.weight + self.delta(base)[0], base.bias)
+        return None
+
+    def _dense(self, n: int, base: Layer) -> bool:
+        """With more rows than the weight has it is less to form dW first."""
+        return bool(self.transform_rank) and n > base.out_features
 
     def delta(self, base: Layer) -> tuple[Tensor, Tensor | None]:
         dW = torch.zeros_like(base.weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 
@@ -165,9 +166,11 @@ def test_the_first_gradient_is_the_sum_over_tiles_and_not_zero() -> None:
 def test_by_hand_or_by_autograd(shape: tuple[int, ...]) -> None:
     w = torch.randn(6, 8, dtype=torch.float64)
     x, B = torch.randn(shape, dtype=torch.float64).requires_grad_(), torch.randn(3, 2, 2).double().requires_grad_()
-    for need in ((x, B), (x,), (B,)):
+    bias = torch.randn(6, dtype=torch.float64)
+    for need, whole in itertools.product(((x, B), (x,), (B,)), (False, True)):
         inputs = [t if any(t is n for n in need) else t.detach() for t in (x, B)]
-        mine, theirs = _Bat.apply(inputs[0], w, inputs[1]), inputs[0] @ bat(w, inputs[1]).T
+        mine = _Bat.apply(inputs[0], w, inputs[1], whole, bias if whole else None)
+        theirs = inputs[0] @ (bat(w, inputs[1]) + whole * w).T + whole * bias
         assert_close(mine, theirs)
         up = torch.randn_like(mine)
         for a, b in zip(*(torch.autograd.grad(y, need, up) for y in (mine, theirs)), strict=True):

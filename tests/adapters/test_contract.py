@@ -119,7 +119,8 @@ METHODS = {
     ),
     "tlora": Method(TLoRA, {"transform_rank": 2, "residual_rank": 2}),
     "tlora-paper": Method(
-        TLoRA, {"transform_rank": 2, "residual_rank": 1, "order": 3, "init": "paper", "residual": "lora"},
+        TLoRA,
+        {"transform_rank": 2, "residual_rank": 1, "order": 3, "init": "paper", "residual": "lora"},
         ("conv2d", "linear"),
     ),
     "hydra": Method(Hydra, {"r_par": 2, "r_seq": 1, "scale": 0.7}),
@@ -129,18 +130,24 @@ METHODS = {
     "tera-own": Method(TeRA, {"out_modes": 2, "in_modes": 3, "r": 3, "save_bank": True}, ("conv2d", "linear")),
     "vl_adapter": Method(VLAdapter, {"reduction": 2}),
     "vl_adapter-half": Method(
-        VLAdapter, {"reduction": 2, "sharing": "half-up"}, ("odd", "conv2d", "linear"),
+        VLAdapter,
+        {"reduction": 2, "sharing": "half-up"},
+        ("odd", "conv2d", "linear"),
         lambda: {"tasks": second_of_three()},
     ),
     "vl_adapter-phm": Method(
-        VLAdapter, {"reduction": 2, "sharing": "multiple", "phm": 2}, ("conv2d", "linear"),
+        VLAdapter,
+        {"reduction": 2, "sharing": "multiple", "phm": 2},
+        ("conv2d", "linear"),
         lambda: {"tasks": second_of_three(), "rule": Rule(2, std=0.5)},  # with 0.01, three plain steps move too little
     ),
     "vl_adapter-compacter": Method(
         VLAdapter, {"reduction": 2, "phm": 2, "rank": 1}, ("conv2d", "linear"), lambda: {"rule": Rule(2, std=0.5)}
     ),
     "vl_adapter-hyperformer": Method(
-        Hyperformer, {"layer": 1}, ("linear", "conv1d", "conv2d", "pointwise"),
+        Hyperformer,
+        {"layer": 1},
+        ("linear", "conv1d", "conv2d", "pointwise"),
         lambda: {"tasks": second_of_three(), "hyper": HyperNet(4, 3, 2, reduction=2, p=3, dim=4, hidden=8)},
     ),
     "sequential": Method(Sequential, {"r": 2, "scale": 0.5}),
@@ -275,7 +282,7 @@ def test_delta_is_the_linear_map_of_forward(method: str, layer: str, bias: bool)
     assert dW.shape == (base.out_features, base.in_features) and (db is None or db.shape == (base.out_features,))
     assert_close(got, base.rows(x) @ dW.T + (0 if db is None else db), rtol=1e-12, atol=1e-12)
     assert_close(base.linear(x, dW), base.rows(x) @ dW.T, rtol=1e-12, atol=1e-12)
-    assert torch.equal(host(x), y0 + base.from_rows(got, y0))
+    assert_close(host(x), y0 + base.from_rows(got, y0), rtol=1e-12, atol=1e-12)
 
 
 @linear
@@ -502,3 +509,61 @@ def test_moved_while_merged(method: str, layer: str, bias: bool) -> None:
     model.double()
     unmerge(model)
     assert_close(model(x.double()), y.double(), rtol=1e-4, atol=1e-5)
+
+
+WHOLE = [  # the pooled forms of Bone are thin, and go by increment
+    name
+    for name, row in METHODS.items()
+    if row.kind.whole is not Adapter.whole and row.options.get("variant", "bat") == "bat"
+]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_whole_output_is_the_sum(name: str, bias: bool) -> None:
+    """One product with W + dW gives what the frozen output and the increment give, with the same gradients."""
+    row, base = METHODS[name], nn.Linear(8, 4, bias).double()
+    net, x = nn.Sequential(base), torch.randn(40, 8, dtype=torch.float64, requires_grad=True)
+    inject(net, row.kind, ["0"], **row.options, **row.extra())
+    adapter = adapters(net)["0"]
+    assert torch.equal(net(x), base(x))
+    for p in adapter.parameters():
+        nn.init.normal_(p)
+    frozen = view(base)
+    whole = adapter.whole(x, frozen)
+    y0 = base(x)
+    total = y0 + adapter(x, y0, frozen)
+    assert whole is not None and torch.equal(net(x), whole)
+    assert_close(whole, total)
+    up, inputs = torch.randn_like(total), [x, *adapter.parameters()]
+    for a, b in zip(*(torch.autograd.grad(y, inputs, up) for y in (whole, total)), strict=True):
+        assert_close(a, b)
+
+
+def test_there_are_whole_outputs_and_another_increment_does_not_inherit_them() -> None:
+    assert {METHODS[name].kind.kind for name in WHOLE} == {"bone", "tlora", "tera"}
+    parent = METHODS["bone"].kind
+
+    class Twice(parent):
+        kind = "test_twice"
+
+        def forward(self, x: Tensor, y0: Tensor, base: Layer) -> Tensor:
+            return 2 * super().forward(x, y0, base)
+
+    assert Twice.whole is Adapter.whole and parent.whole is not Adapter.whole
+    net, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4)
+    inject(net, Twice, ["0"], r=2)
+    nn.init.normal_(adapters(net)["0"].miss_block)
+    y0 = net[0].base_layer(x)
+    once = parent.forward(adapters(net)["0"], x, y0, view(net[0].base_layer))
+    assert_close(net(x), y0 + 2 * once)
+
+
+def test_in_low_precision_and_beside_others_increments_are_summed() -> None:
+    parent = METHODS["bone"].kind
+    net, x = nn.Sequential(nn.Linear(4, 4)).bfloat16(), torch.randn(3, 4).bfloat16()
+    inject(net, parent, ["0"], r=2)
+    nn.init.normal_(adapters(net)["0"].miss_block)
+    frozen = net[0].base_layer
+    increment = adapters(net)["0"](x.float(), frozen(x).float(), view(frozen))
+    assert torch.equal(net(x), (frozen(x) + increment).bfloat16())  # not rounded in the weight

@@ -481,6 +481,7 @@ def test_the_network_is_stored_once(tmp_path) -> None:
 @pytest.mark.parametrize("kind", [VLAdapter, Hyperformer])
 def test_a_file_knows_the_order_of_its_tasks(kind: type, tmp_path) -> None:
     options = {"sharing": "multiple"} if kind is VLAdapter else {}
+
     def extra() -> dict:
         return {} if kind is VLAdapter else {"hyper": hyper()}
 
