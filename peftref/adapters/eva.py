@@ -135,10 +135,10 @@ def collect(
         max_batches: of them to look at (64: ours).
         route: "gram" (exact, an ``(i, i)`` matrix for each input), "incremental" (the paper's, exact SVD of each step),
             "lowrank" (approximate, as PEFT's), or "auto": "gram" up to 2048 inputs, "lowrank" above.
-        center: as in :func:`absorb`.
-        tau: a layer on an incremental route rests as long as its :func:`agreement` is this high, and collecting ends
-            when all rest (0.99: PEFT's default).
-        subspace: as in :func:`agreement`.
+        center: as in :func:`~peftref.adapters.spectra.absorb`.
+        tau: a layer on an incremental route rests as long as its :func:`~peftref.adapters.spectra.agreement` is this
+            high, and collecting ends when all rest (0.99: PEFT's default).
+        subspace: as in :func:`~peftref.adapters.spectra.agreement`.
         mask: batch -> which tokens count (True), in the shape of all layers' inputs but the last axis; None for all.
         forward: runs the model on a batch, ``forward(model, batch)``.
 

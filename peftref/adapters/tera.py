@@ -195,7 +195,7 @@ class Bank:
         self.networks: dict[tuple, _Network] = {}
 
     def network(self, left: Sequence[tuple[int, int]], right: Sequence[tuple[int, int]], factors: str, saved: bool
-                ) -> _Network:  # fmt: skip
+                ) -> nn.Module:  # fmt: skip
         """The tensors for modes ``(R_n, I_n)``, drawn when they are first asked for."""
         key = (tuple(left), tuple(right), factors, saved)
         if key not in self.networks:
