@@ -165,7 +165,8 @@ def within(a: Tensor, layout: Layout, twoway: bool = False, dim: int = -1, tol: 
         if i % 4 == 0 and not (size > enough).any():
             break
         image = periods.means(direction - units.means(direction))
-        rate = _ratio(size, _square(direction, image, dim))
+        # What has converged rests: a further step would divide rounding by rounding, and could lead anywhere.
+        rate = _ratio(size * (size > enough), _square(direction, image, dim))
         effects, left = effects + rate * direction, left - rate * image
         size, before = _square(left, left, dim), size
         direction = left + _ratio(size, before) * direction
