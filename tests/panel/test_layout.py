@@ -212,3 +212,16 @@ def test_on_a_gpu() -> None:
         found = within(a.cuda(), there, twoway)
         assert found.is_cuda and torch.allclose(found.cpu(), within(a, layout, twoway), rtol=0, atol=1e-10)
     assert there.consecutive()[0].is_cuda and there.select(there.unit > 3).time.is_cuda
+
+
+def test_columns_that_are_done_early_wait_unharmed() -> None:
+    """Beside slow columns, one without variation over periods, one already free of them, and copies of each size."""
+    for seed in range(30):
+        layout, a = of(unbalanced(seed))
+        quick = within(a, layout, True)
+        columns = torch.stack([a, quick, layout.unit.double(), layout.time.double(), 1e8 * a, a + 1e8])
+        done = within(columns, layout, True)
+        dummies = torch.cat([torch.nn.functional.one_hot(g).double() for g in (layout.unit, layout.time)], 1)
+        exact = columns - (dummies @ torch.linalg.lstsq(dummies, columns.T, driver="gelsd").solution).T
+        scale = columns.abs().amax(-1, keepdim=True)
+        torch.testing.assert_close(done / scale, exact / scale, rtol=0, atol=1e-11)
