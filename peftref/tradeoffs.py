@@ -45,21 +45,9 @@ def tradeoff(
     with style():
         figure = Plot(height=height)
         axes = figure.subplots()
-        for (name, (x, y, spread)), colour, marker in zip(
-            points.items(), _colours(points), cycle(MARKERS), strict=False
-        ):
-            axes.errorbar(
-                x,
-                y,
-                spread,
-                color=colour,
-                marker=marker,
-                markersize=7,
-                capsize=2,
-                ecolor=GREY,
-                elinewidth=1,
-                label=name,
-            )
+        bar = {"linestyle": "none", "markersize": 7, "capsize": 2, "ecolor": GREY, "elinewidth": 1}
+        for name, colour, marker in zip(points, _colours(points), cycle(MARKERS), strict=False):
+            axes.errorbar(*points[name], color=colour, marker=marker, label=name, **bar)
         for name, y in (lines or {}).items():
             axes.axhline(y, color=GREY, linewidth=1, linestyle=(0, (5, 1.5)), zorder=0)
             axes.text(1.0, y, name, transform=axes.get_yaxis_transform(), ha="right", va="bottom", size=10)

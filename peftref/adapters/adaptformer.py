@@ -54,10 +54,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from .contract import Adapter
 from .core import adapters
+from .inputs import watching
 from .layers import Layer
 
 __all__ = ["AdaptFormer", "branch", "dead_share", "head", "width"]
@@ -158,7 +158,6 @@ def width(child: nn.Module) -> int:
     raise ValueError(f"tap: expected a normalisation or layers with a matrix, got a {type(child).__name__}")
 
 
-@torch.inference_mode()
 def dead_share(model: nn.Module, x: Tensor, name: str = "default") -> dict[str, float]:
     """Share of each bottleneck's ReLUs that no token of ``x`` switches on, by block, in eval mode; nothing changes.
 
@@ -172,22 +171,13 @@ def dead_share(model: nn.Module, x: Tensor, name: str = "default") -> dict[str, 
     if wrong := [n for n, a in found.items() if not isinstance(a, AdaptFormer)]:
         raise ValueError(f"name: expected an AdaptFormer, got another adapter on {wrong}")
 
-    def listen(n: str, a: AdaptFormer) -> RemovableHandle:
-        def hook(_: nn.Module, __: tuple[Tensor, ...], u: Tensor) -> None:
-            off = F.linear(u, a.down_proj.weight, a.down_proj.bias) <= 0
-            shares[n] = off.view(-1, a.bottleneck).all(0).double().mean().item()
+    def see(n: str, u: Tensor) -> None:
+        a = found[n]
+        off = F.linear(a.norm.forward(u), a.down_proj.weight, a.down_proj.bias) <= 0  # by a call this would be seen too
+        shares[n] = off.view(-1, a.bottleneck).all(0).double().mean().item()
 
-        return a.norm.register_forward_hook(hook)
-
-    flags = [(m, m.training) for m in model.modules()]
-    handles = [listen(n, a) for n, a in found.items()]
-    try:
-        model.eval()(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for m, training in flags:
-            m.training = training
+    with watching(model, {n: a.norm for n, a in found.items()}, see):
+        model(x)
     if not shares:
         raise ValueError(f"name: expected an adapter that is active, got {name!r}")
     return shares

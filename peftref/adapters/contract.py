@@ -49,6 +49,7 @@ from .layers import Layer, tapped, view
 
 __all__ = ["Adapter", "Host"]
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 KINDS: dict[str, type[Adapter]] = {}  # every method that has been imported, by its slug
 
 
@@ -110,8 +111,8 @@ class Adapter(nn.Module):
     def whole(self, x: Tensor, base: Layer) -> Tensor | None:
         """The output of the layer with this adapter, in one product with ``W + dW``; None (the default): by increment.
 
-        For an update that has to be made as a matrix anyway. Asked for where it is alone on an ``nn.Linear``, and
-        input, weight and adapter are of one type, so that no sum is rounded earlier than the increment's would be.
+        For an update that has to be made as a matrix anyway. Asked for where it is alone on an ``nn.Linear`` without
+        hooks, and input, weight and adapter are of one type and stay so, so that no sum is rounded too early.
         """
         return None
 
@@ -168,8 +169,12 @@ class Host(nn.Module):
         return (y0 + base.from_rows(total, y0)).to(y0.dtype)
 
     def _whole(self, adapter: Adapter, x: Tensor) -> Tensor | None:
-        plain = type(self.base_layer) is nn.Linear and x.dtype == self.base_layer.weight.dtype == adapter.dtype
-        return adapter.whole(x, view(self.base_layer, adapter.dtype)) if plain else None
+        base = self.base_layer
+        plain = type(base) is nn.Linear and x.dtype == base.weight.dtype == adapter.dtype
+        # Autocast would round W + dW as one, and hooks on the frozen layer want to see it called.
+        if not plain or torch.is_autocast_enabled(x.device.type) or any(getattr(base, name) for name in HOOKS):
+            return None
+        return adapter.whole(x, view(base, adapter.dtype))
 
     @torch.no_grad()
     def fold(self) -> tuple[Tensor, Tensor | None]:

@@ -91,11 +91,7 @@ def save(model: nn.Module, path: str | Path, name: str = "default") -> None:
     Raises:
         ValueError: no such adapter, or as in :func:`config`.
     """
-    tensors, text = state(model, name), json.dumps(config(model, name), indent=2, sort_keys=True)
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    _write(path, _tensors(adapters(model, name)), config(model, name))
 
 
 def load(model: nn.Module, path: str | Path, name: str = "default", *, freeze: bool = True, **extra: Any) -> list[str]:
@@ -149,6 +145,15 @@ def load(model: nn.Module, path: str | Path, name: str = "default", *, freeze: b
             place.copy_(tensors[key])
     install(model, new, name, freeze=freeze)
     return list(new)
+
+
+def _write(path: str | Path, tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> None:
+    """The two files in PEFT's layout."""
+    folder, text = Path(path), json.dumps(spec, indent=2, sort_keys=True)
+    kept = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}  # no views, no shared memory
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(kept, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _tensors(found: Mapping[str, Adapter]) -> dict[str, Tensor]:

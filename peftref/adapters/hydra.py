@@ -57,7 +57,6 @@ True
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -65,12 +64,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .contract import Adapter
 from .core import adapters
-from .files import PREFIX, config
+from .files import PREFIX, _write, config
 from .finding import bare, named
 from .layers import Layer, view
 
@@ -203,8 +201,4 @@ def save_as_lora(model: nn.Module, path: str | Path, name: str = "default") -> N
         "target_modules": config(model, name)["target_modules"],
         "fan_in_fan_out": any(type(bare(modules[n])).__name__ == "Conv1D" for n in found),
     }  # fmt: skip
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
-    save_file(kept, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(spec, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _write(path, tensors, spec)

@@ -34,7 +34,7 @@ from ..data import Split
 from ..vit import ViT
 from .contract import Adapter
 from .layers import Layer
-from .tasks import TUNING_SEED, Task, accuracy, fresh, trainable
+from .tasks import TUNING_SEED, Task, accuracy, best_rate, descend, fresh, trainable
 from .vl_adapter import Tasks
 
 __all__ = [
@@ -151,23 +151,16 @@ def learn(
         if not common_head:
             model.head = Heads(model.num_features, classes, tasks)
         model.head.requires_grad_(True)
-        params = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
         frozen = _frozen(model)
         x, labels, task = _pooled(suite, model, frozen)
-        model.train()
-        losses = []
-        for _ in range(steps):
+
+        def loss() -> Tensor:
             i = torch.randint(len(labels), (batch_size,))
             tasks.use(task[i])
-            loss = F.cross_entropy(_rest(model, x[i], frozen), labels[i])
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(params, 1.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.detach())
+            return F.cross_entropy(_rest(model, x[i], frozen), labels[i])
+
+        model.train()
+        losses = descend(loss, model.parameters(), lr=lr, steps=steps)
     model.eval()
     val, test, val_loss = {}, {}, []
     for name, part in suite.items():
@@ -177,7 +170,7 @@ def learn(
             ours, others = (_rest(model, _start(model, p.x, frozen), frozen) for p in (part.val, part.test))
         val[name], test[name] = accuracy(ours, part.val.y + first), accuracy(others, part.test.y + first)
         val_loss.append(F.cross_entropy(ours, part.val.y + first))
-    return MultiRun(model, tasks, frozen, torch.stack(losses), val, test, float(torch.stack(val_loss).mean()))
+    return MultiRun(model, tasks, frozen, losses, val, test, float(torch.stack(val_loss).mean()))
 
 
 def compare_sharing(
@@ -191,8 +184,12 @@ def compare_sharing(
     """
     rows = []
     for name, build in methods.items():
-        trials = {lr: learn(build, suite, lr=lr, seed=TUNING_SEED, **options) for lr in (lrs if len(lrs) > 1 else ())}
-        best = max(trials, key=lambda r: (sum(trials[r].val.values()), -trials[r].val_loss)) if trials else lrs[0]
+
+        def score(rate: float, build: Callable[[nn.Module, Tasks], object] = build) -> tuple[float, float]:
+            run = learn(build, suite, lr=rate, seed=TUNING_SEED, **options)
+            return sum(run.val.values()), -run.val_loss
+
+        best = best_rate(lrs, score)
         for seed in seeds:
             run = learn(build, suite, lr=best, seed=seed, **options)
             rows.append({"method": name, "seed": seed, "lr": best, "trainable": trainable(run.model), **run.test})

@@ -128,7 +128,7 @@ def agreement(new: Spectrum, old: Spectrum, r: int, *, subspace: bool = False) -
     """How much the first ``r`` directions have stayed as they were (eq-eva-agreement): 1 if they have not moved.
 
     The least signed cosine between a new component and the old one in its place; or, for spectra with equal values,
-    whose components turn for ever within their plane, the mean squared cosine between the subspaces.
+    whose components keep turning within their plane, the mean squared cosine between the subspaces.
     """
     a, b = new.components[:r], old.components[:r]
     if len(b) < len(a):

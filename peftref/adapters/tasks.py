@@ -18,7 +18,7 @@ pre-trained network with a new head, the same steps, and as many learning rates 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,8 +33,8 @@ from .contract import Host
 from .layers import view
 
 __all__ = [
-    "LINEARS", "LRS", "SHIFTS", "Run", "Task", "accuracy", "adapt", "compare", "fresh", "full", "probe", "shifted",
-    "summary", "trainable", "update_rank",
+    "LINEARS", "LRS", "SHIFTS", "Run", "Task", "accuracy", "adapt", "best_rate", "compare", "descend", "fresh", "full",
+    "probe", "shifted", "summary", "train", "trainable", "update_rank",
 ]  # fmt: skip
 
 LINEARS = r"(.*\.)?blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"  # every matrix inside the blocks, timm's too
@@ -124,11 +124,73 @@ class Run:
     seconds: float
 
 
+def descend(
+    loss: Callable[[], Tensor], params: Iterable[Tensor], *, lr: float, steps: int, clip: float = 1.0
+) -> Tensor:  # fmt: skip
+    """The recipe of all trainings of this part: AdamW without decay, one-cycle learning rate, clipped gradients.
+
+    Decay would pull a trained factor towards zero, where some adapters learn nothing any more.
+
+    Args:
+        loss: of a new batch at each call.
+        params: of them, those that require a gradient.
+        lr: peak of the schedule.
+        clip: largest length of the gradient; infinity leaves it alone.
+
+    Returns:
+        The loss of each step, ``(steps,)``, on the CPU.
+    """
+    params = [p for p in params if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    losses = []
+    for _ in range(steps):
+        value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(params, clip)
+        optimizer.step()
+        schedule.step()
+        losses.append(value.detach())
+    return torch.stack(losses).cpu()  # waits for the device, once
+
+
+def train(
+    model: nn.Module, x: Tensor, y: Tensor, *, lr: float, steps: int, batch_size: int = 64, clip: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """:func:`descend` in the cross-entropy of batches drawn with replacement; the model is left in eval mode.
+
+    Args:
+        x, y: inputs and classes; batches are moved to the model's device.
+        generator: of the batches; default: torch's own.
+    """
+    device = next(model.parameters()).device
+
+    def loss() -> Tensor:
+        i = torch.randint(len(y), (batch_size,), generator=generator)
+        return F.cross_entropy(model(x[i].to(device)), y[i].to(device))
+
+    model.train()
+    losses = descend(loss, model.parameters(), lr=lr, steps=steps, clip=clip)
+    model.eval()
+    return losses
+
+
+def best_rate(lrs: Sequence[float], score: Callable[[float], tuple[float, ...]]) -> float:
+    """The learning rate with the highest score, the first of equals; a single one is not tried.
+
+    >>> best_rate((1e-3, 1e-2), lambda lr: (-abs(lr - 0.02),))
+    0.01
+    """
+    return max(lrs, key=score) if len(lrs) > 1 else lrs[0]
+
+
 def adapt(
     build: Callable[[nn.Module], object], task: Task, *, lr: float, seed: int = 0, steps: int = 100,
     batch_size: int = 32, start: Callable[[int], nn.Module] = fresh, device: torch.device | str = "cpu",
 ) -> Run:  # fmt: skip
-    """Train what ``build`` leaves trainable: AdamW without decay, one-cycle learning rate, gradients clipped at one.
+    """Train what ``build`` leaves trainable, and the head, by :func:`train`.
 
     Args:
         build: gets the network to start from and changes it in place, as
@@ -144,26 +206,13 @@ def adapt(
         model = start(int(task.train.y.max()) + 1)
         build(model)
         model.head.requires_grad_(True)  # an adapter has frozen all that there was
-        model.to(device).train()
-        params = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-        losses, begin = [], time.perf_counter()
-        for _ in range(steps):
-            i = torch.randint(len(task.train.y), (batch_size,))
-            loss = F.cross_entropy(model(task.train.x[i].to(device)), task.train.y[i].to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(params, 1.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.detach())
-        history = torch.stack(losses).cpu()  # waits for the device
+        model.to(device)
+        begin = time.perf_counter()
+        losses = train(model, task.train.x, task.train.y, lr=lr, steps=steps, batch_size=batch_size)
         seconds = (time.perf_counter() - begin) / steps
-    model.eval()
     val, test = (_logits(model, split.x, device) for split in (task.val, task.test))
     val_loss = F.cross_entropy(val, task.val.y).item()
-    return Run(model, history, accuracy(val, task.val.y), accuracy(test, task.test.y), val_loss, seconds)
+    return Run(model, losses, accuracy(val, task.val.y), accuracy(test, task.test.y), val_loss, seconds)
 
 
 def compare(
@@ -180,8 +229,12 @@ def compare(
     """
     rows = []
     for name, build in methods.items():
-        trials = {lr: adapt(build, task, lr=lr, seed=TUNING_SEED, **options) for lr in (lrs if len(lrs) > 1 else ())}
-        lr = max(trials, key=lambda rate: (trials[rate].val, -trials[rate].val_loss)) if trials else lrs[0]
+
+        def score(rate: float, build: Callable[[nn.Module], object] = build) -> tuple[float, float]:
+            run = adapt(build, task, lr=rate, seed=TUNING_SEED, **options)
+            return run.val, -run.val_loss
+
+        lr = best_rate(lrs, score)
         for seed in seeds:
             run = adapt(build, task, lr=lr, seed=seed, **options)
             rows.append({

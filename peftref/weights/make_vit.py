@@ -1,4 +1,4 @@
-"""Train the shipped vision transformer: ``python -m peftref.weights.make_vit`` (about ten minutes on one core).
+"""Train the shipped vision transformer: ``python -m peftref.weights.make_vit`` (about three minutes on one core).
 
 :class:`~peftref.vit.ViT` on the embedded training images of clothes, shifted by up to two pixels, in half precision.
 """

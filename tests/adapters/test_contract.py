@@ -567,3 +567,22 @@ def test_in_low_precision_and_beside_others_increments_are_summed() -> None:
     frozen = net[0].base_layer
     increment = adapters(net)["0"](x.float(), frozen(x).float(), view(frozen))
     assert torch.equal(net(x), (frozen(x) + increment).bfloat16())  # not rounded in the weight
+
+
+def test_under_autocast_and_with_hooks_on_the_frozen_layer_increments_are_summed() -> None:
+    kind = METHODS["bone"].kind
+    net, x = nn.Sequential(nn.Linear(16, 16)), torch.randn(30, 16)
+    inject(net, kind, ["0"], r=2)
+    frozen, adapter = net[0].base_layer, adapters(net)["0"]
+    nn.init.normal_(adapter.miss_block)
+    with torch.autocast("cpu", torch.bfloat16):
+        y0 = frozen(x)
+        assert torch.equal(net(x), (y0 + adapter(x, y0.float(), view(frozen))).to(y0.dtype))
+        assert not torch.equal(net(x), adapter.whole(x, view(frozen)))  # rounds W + dW as one
+    calls: list[str] = []
+    handle = frozen.register_forward_hook(lambda *_: calls.append("called"))
+    hooked = net(x)
+    assert calls == ["called"]
+    handle.remove()
+    assert_close(net(x), hooked)
+    assert calls == ["called"]

@@ -37,6 +37,7 @@ def test_every_mark_has_its_name() -> None:
     assert [text.get_text() for text in legend.get_texts()] == list(POINTS)
     drawn = [line for line in figure.axes[0].lines if line.get_marker() in plots.MARKERS]
     assert [h.get_marker() for h in legend.legend_handles] == [line.get_marker() for line in drawn]
+    assert {h.get_linestyle() for h in legend.legend_handles} == {"None"}  # a point is no curve
     assert plots.png(figure) == plots.png(tradeoff(POINTS, xlabel="numbers", ylabel="accuracy (%)"))
 
 
