@@ -1,5 +1,5 @@
 """Write what follows from other files: the README's table and the map from the catalogue, its picture from a chapter,
-the pages of results and of speed from what was measured.
+the pages of results, of speed and of the chapters' state from what was measured.
 
 ``--check`` only says whether they are up to date.
 
@@ -52,6 +52,7 @@ def wanted(root: Path = ROOT) -> dict[Path, bytes]:
     files = {readme: (head + table + rest.split(STOP)[1]).encode(), root / "book/map.md": catalog.map_page().encode()}
     files[root / "book/results.md"] = pages.results_page(root).encode()
     files[root / "book/speed.md"] = pages.speed_page(root).encode()
+    files[root / "book/status.md"] = pages.status_page(root).encode()
     if (root / PICTURE[0]).is_file():
         files[root / "book/_static/readme.png"] = picture(root)
     return files

@@ -41,8 +41,8 @@ def evaluate(
         if own_classes:
             logits = logits[:, task.classes.start : task.classes.stop]
         right = logits.argmax(-1) + (task.classes.start if own_classes else 0) == task.test.y
-        row.append(100 * right.double().mean())
-    return torch.stack(row).cpu()
+        row.append(100 * right.cpu().double().mean())  # not every accelerator has float64
+    return torch.stack(row)
 
 
 def average_accuracy(a: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -52,7 +52,10 @@ def average_accuracy(a: Tensor, counts: Tensor | None = None) -> Tensor:
         counts: test images of each task, to weigh by images instead (LAE, FSA); the same where tasks are equal.
     """
     a = _matrix(a).tril()
-    n = torch.ones(len(a), dtype=a.dtype) if counts is None else torch.as_tensor(counts, dtype=a.dtype)
+    n = torch.ones(len(a), dtype=a.dtype) if counts is None else _of_each(a, counts=counts)
+    if not bool((n > 0).all()):
+        raise ValueError(f"counts: expected positive numbers of images, got {n.tolist()}")
+    # eq-continual-average:  A_t = 1/t sum_{i <= t} a_ti
     return (a * n).sum(1) / n.cumsum(0)
 
 
@@ -77,12 +80,14 @@ def forgetting(a: Tensor, *, with_last: bool = True) -> float:
     upto = len(a) if with_last else len(a) - 1
     rows = torch.arange(len(a))
     learned = a[:upto].masked_fill(rows[:upto, None] < rows, -torch.inf)
+    # eq-continual-forgetting:  F = 1/(T-1) sum_{i < T} (max_t a_ti - a_Ti)
     return (learned.amax(0) - a[-1])[:-1].mean().item()
 
 
 def backward_transfer(a: Tensor) -> float:
     r""":math:`\mathrm{BWT}=\frac1{T-1}\sum_{i<T}(a_{T,i}-a_{i,i})`, in points; negative where tasks are forgotten."""
     a = _several(a)
+    # eq-continual-bwt:  BWT = 1/(T-1) sum_{i < T} (a_Ti - a_ii)
     return (a[-1] - a.diagonal())[:-1].mean().item()
 
 
@@ -96,7 +101,8 @@ def forward_transfer(a: Tensor, untrained: Tensor) -> float:
     above = a.diagonal(1)
     if above.isnan().any():
         raise ValueError("a: expected the accuracy on each task before it was learned, got NaN above the diagonal")
-    return (above - torch.as_tensor(untrained, dtype=a.dtype)[1:]).mean().item()
+    # eq-continual-fwt:  FWT = 1/(T-1) sum_{i > 1} (a_{i-1,i} - r_i)
+    return (above - _of_each(a, untrained=untrained)[1:]).mean().item()
 
 
 def plasticity(a: Tensor) -> float:
@@ -119,6 +125,14 @@ def _matrix(a: Tensor) -> Tensor:
     if a.tril().isnan().any():
         raise ValueError("a: expected an accuracy for every task learned so far, got NaN on or below the diagonal")
     return a
+
+
+def _of_each(a: Tensor, **named: Tensor) -> Tensor:
+    ((name, value),) = named.items()
+    value = torch.as_tensor(value, dtype=a.dtype)
+    if value.shape != a.shape[:1]:  # of length 1 it would broadcast
+        raise ValueError(f"{name}: expected a number for each of {len(a)} tasks, got shape {tuple(value.shape)}")
+    return value
 
 
 def _several(a: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ Representation Change in Online Continual Learning", ICLR 2022, arXiv 2104.05025
 
 All parts of a batch go through the network in *one* forward pass of the concatenation (``forwards="one"``): a third of
 the calls, and BatchNorm sees old and new samples together. The published codes of ER, DER++ and ER-ACE call the
-network once for each part (``"each"``).
+network once for each part (``"each"``). The published mask of ER-ACE counts the classes seen batch by batch and also
+lets the largest of them compete; the two masks agree whenever a batch has the last class of its task in it.
 
 >>> z = torch.tensor([[2.0, 1.0, 0.0, 0.0]])
 >>> ace_mask(z, torch.tensor([0]), seen=2)  # class 1 is old and not in this batch; 2 and 3 are yet to come
@@ -25,6 +26,7 @@ tensor([[ True, False,  True,  True]])
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -153,6 +155,8 @@ class DERpp(Rehearsal):
         forwards: Literal["one", "each"] = "one",
     ) -> None:  # fmt: skip
         super().__init__(buffer, batch_size, forwards)
+        if not (0 <= alpha < math.inf and 0 <= beta < math.inf):
+            raise ValueError(f"alpha, beta: expected finite numbers >= 0, got {alpha} and {beta}")
         self.alpha, self.beta = alpha, beta
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ class Reservoir:
             raise ValueError(f"batch: expected rows of shapes {want}, as before, got {got}")
         if not self.rows:
             self.rows = tuple(t.new_zeros(self.size, *t.shape[1:]) for t in batch)
+        # eq-continual-reservoir:  slot j while j < M, then slot r ~ U{0..j} if r < M
         j = self.seen + torch.arange(lengths[0])
         r = (torch.rand(len(j), dtype=torch.float64, generator=self.generator) * (j + 1)).long()  # uniform on 0..j
         slot = torch.where(j < self.size, j, r)
@@ -69,12 +70,14 @@ class Reservoir:
         """``min(n, len(self))`` different samples at random, as tensors in the order in which they were added."""
         if len(self) == 0:
             raise ValueError("draw: expected a buffer that something was added to, got an empty one")
+        if n < 1:
+            raise ValueError(f"n: expected a positive number, got {n}")
         i = torch.randperm(len(self), generator=self.generator)[:n]
         return tuple(held[i.to(held.device)] for held in self.rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a run needs to go on as if it had not been interrupted; tensors only."""
-        tensors = {f"rows.{i}": held for i, held in enumerate(self.rows)}
+        """Everything a run needs to go on as if it had not been interrupted; tensors only, copied."""
+        tensors = {f"rows.{i}": held.clone() for i, held in enumerate(self.rows)}
         return {"seen": torch.tensor(self.seen), "generator": self.generator.get_state(), **tensors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -82,5 +85,6 @@ class Reservoir:
         rows = tuple(state[f"rows.{i}"].clone() for i in range(len(state) - 2))
         if any(len(held) != self.size for held in rows):
             raise ValueError(f"state: expected a buffer of {self.size} samples, got {[len(t) for t in rows]}")
-        self.rows, self.seen = rows, int(state["seen"])
-        self.generator.set_state(state["generator"])
+        generator, seen = torch.Generator(), int(state["seen"])
+        generator.set_state(state["generator"])  # may fail: before anything is taken over
+        self.rows, self.seen, self.generator = rows, seen, generator

@@ -121,15 +121,22 @@ def batches(
     Args:
         drop_last: leave out what does not fill a batch, as long as an epoch keeps at least one.
         generator: on the CPU, of the order.
+
+    Raises:
+        ValueError: a number out of range; at the call, not when the first batch is asked for.
     """
     if batch_size < 1 or epochs < 0:
         raise ValueError(f"batch_size, epochs: expected at least 1 and 0, got {batch_size} and {epochs}")
     n = len(split.y)
     end = n - n % batch_size if drop_last and n >= batch_size else n
-    for _ in range(epochs):
-        for i in torch.randperm(n, generator=generator)[:end].split(batch_size):
-            i = i.to(split.y.device)
-            yield Split(split.x[i], split.y[i])
+
+    def each() -> Iterator[Split]:
+        for _ in range(epochs):
+            for i in torch.randperm(n, generator=generator)[:end].split(batch_size):
+                i = i.to(split.y.device)
+                yield Split(split.x[i], split.y[i])
+
+    return each()
 
 
 def _split(
@@ -142,6 +149,8 @@ def _split(
         if per_class is not None or val:
             rows = rows[torch.randperm(len(rows), generator=generator)]
         n = round(val * len(rows))
+        if n == len(rows):
+            raise ValueError(f"val: expected a share that leaves images of class {c} to train on, got {val}")
         if per_class is not None and per_class > len(rows) - n:
             raise ValueError(f"per_class: expected at most {len(rows) - n} images of class {c}, got {per_class}")
         held.append(rows[:n])

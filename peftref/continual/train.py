@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -39,7 +40,8 @@ def learn(
 
     Args:
         model: images -> logits of all classes; trained in train mode, tested in eval mode, left in eval mode.
-        rule: what to minimise, for example :class:`peftref.continual.rehearsal.ER`.
+        rule: what to minimise, for example :class:`peftref.continual.rehearsal.ER`; a new one for each stream, as it
+            carries what it keeps of the tasks.
         lr, optimizer: of plain SGD (published online protocols), or of any ``optimizer(parameters, lr=lr)``; one for
             the whole stream.
         batch_size, epochs: 10 and 1: the online setting.
@@ -48,7 +50,11 @@ def learn(
 
     Returns:
         The accuracy matrix in %, ``(T, T)``, filled above the diagonal too.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or out of range; before the model is touched.
     """
+    _check(model, tasks, lr=lr, batch_size=batch_size, epochs=epochs)
     generator = torch.Generator().manual_seed(seed)
     steps = optimizer([p for p in model.parameters() if p.requires_grad], lr=lr)
     rows, classes = [], 0
@@ -74,6 +80,7 @@ def joint(
     optimizer: Optimizer = torch.optim.SGD,
 ) -> Tensor:  # fmt: skip
     """The upper bound: all tasks mixed, by the same steps. Returns the accuracy on each task in %, ``(T,)``."""
+    _check(model, tasks, lr=lr, batch_size=batch_size, epochs=epochs)
     x, y = (torch.cat(parts) for parts in zip(*(task.train for task in tasks), strict=True))
     last = tasks[-1]
     classes = range(max(task.classes.stop for task in tasks))
@@ -81,3 +88,17 @@ def joint(
     whole = Task(names, classes, Split(x, y), last.val, last.test)
     learn(model, [whole], FineTune(), lr=lr, batch_size=batch_size, epochs=epochs, seed=seed, optimizer=optimizer)
     return evaluate(model, tasks)
+
+
+def _check(model: nn.Module, tasks: Sequence[Task], *, lr: float, batch_size: int, epochs: int) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("model: expected trainable weights, got none that requires a gradient")
+    if not tasks or any(len(split.y) == 0 for task in tasks for split in (task.train, task.test)):
+        sizes = [(len(task.train.y), len(task.test.y)) for task in tasks]
+        raise ValueError(f"tasks: expected some, each with images to train and to test on, got {sizes}")
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"lr: expected a finite number >= 0, got {lr}")
+    if batch_size < 1 or epochs < 0:
+        raise ValueError(f"batch_size, epochs: expected at least 1 and 0, got {batch_size} and {epochs}")
