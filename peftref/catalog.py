@@ -104,9 +104,11 @@ METHODS = (
            "Park et al.", "ICCV", 2023, "2308.08810"),
     # continual
     Method("adab2n", "AdaB2N", "continual",
-           "Batch-normalisation statistics balanced over tasks", "Lyu et al.", "NeurIPS", 2023, "2310.08855", "ready"),
+           "Batch-normalisation statistics balanced over tasks",
+           "Lyu et al.", "NeurIPS", 2023, "2310.08855", "ready"),
     Method("lae", "LAE", "continual",
-           "A fast and a slow adapter that learn, accumulate and vote", "Gao et al.", "ICCV", 2023, "2303.10070", "ready"),
+           "A fast and a slow adapter that learn, accumulate and vote",
+           "Gao et al.", "ICCV", 2023, "2303.10070", "ready"),
     Method("fsa", "First session adaptation", "continual",
            "The body adapts once, on the first session; a discriminant head does the rest",
            "Panos et al.", "ICCV", 2023, "2303.13199", "ready"),

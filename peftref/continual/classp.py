@@ -29,7 +29,7 @@ The paper's formula sums the gradients *before* this one, so its first step is :
 published code includes this one, and so do we. That code differs from the paper in two more ways, which
 ``mode="official"`` reproduces (eq-classp-official): its gate compares the *truth value* of "some gradient of this
 tensor is not zero" with tau, so every tau < 1 lets everything through, and every tau >= 1 nothing; and it discards the
-power of |g|, so that :math:`s_t=s_{t-1}+|g_t|` for every p. Three things we do differently in both modes: each
+power of :math:`|g|`, so that :math:`s_t=s_{t-1}+|g_t|` for every p. Three things we do differently in both modes: each
 parameter group keeps its own settings (there the first group's are used for all); a gradient that is not finite is left
 out, weight by weight, as it would spoil s for good (the loss still shows it; :meth:`CLASSP.active_fraction` too); and s
 is float32 for half-precision weights, where 256 + 1 is 256 in bfloat16.
