@@ -21,7 +21,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -77,8 +77,7 @@ def together(
 
     Compared is the tensor, not its numbers: a copy counts as another input. A layer that is not reached is alone.
     """
-    # An address can be used again, so look whether what had it is still there.
-    alive: dict[Hashable, tuple[weakref.ref[Tensor], int]] = {}
+    alive: dict[tuple, tuple[weakref.ref, int]] = {}  # an address can be used again, so look whether it is still there
     calls: dict[str, list[int]] = {n: [] for n in layers}
 
     def see(name: str, x: Tensor) -> None:
@@ -131,7 +130,7 @@ def token_mask(batch: Any, ignore: int | None = -100) -> Tensor | None:
     return mask
 
 
-def _reading(module: nn.Module) -> tuple[Hashable, ...]:
+def _reading(module: nn.Module) -> tuple:
     """How a layer cuts its input into rows: convolutions with other windows do not share."""
     if not isinstance(module, nn.Conv2d):
         return ()

@@ -27,9 +27,8 @@ ValueError: models[0]: expected the names and shapes of base; missing: w; unexpe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,8 +126,7 @@ def delta(state: State, base: State, names: Collection[str] | None = None) -> di
 
 def elementwise(rule: Rule) -> Rule:
     """Mark a rule whose result at an entry needs that entry alone: it may be given any piece of a tensor, flattened."""
-    marked: Any = rule  # the type of a function knows no attributes
-    marked.elementwise = True
+    rule.elementwise = True
     return rule
 
 
@@ -207,7 +205,7 @@ def layout_of(state: State) -> Mapping[str, Tensor]:
     return getattr(state, "layout", state)  # of a lazily opened checkpoint: tensors on the meta device
 
 
-def memory_of(t: Tensor) -> tuple[Hashable, ...]:
+def memory_of(t: Tensor) -> tuple:
     """Equal for tensors that are the same memory, seen in the same way."""
     if t.device.type == "meta" or t.numel() == 0:
         return (id(t),)
@@ -216,7 +214,7 @@ def memory_of(t: Tensor) -> tuple[Hashable, ...]:
 
 def _tied(layout: Mapping[str, Tensor], skip: Collection[str]) -> dict[str, str]:
     """Each name whose memory has been seen under an earlier name -> that name; a skipped name ties to none."""
-    seen: dict[tuple[Hashable, ...], str] = {}
+    seen: dict[tuple, str] = {}
     first = {name: seen.setdefault(memory_of(t), name) for name, t in layout.items() if name not in skip}
     return {name: other for name, other in first.items() if other != name}
 

@@ -136,5 +136,4 @@ def inverse_times(a: Tensor, b: Tensor, alpha: float) -> Tensor:
         if not failed.any():
             return torch.cholesky_solve(b, root)
         # a penalty below the rounding errors of A, whose limit is that of no penalty
-    solution: Tensor = torch.linalg.pinv(a, hermitian=True, rtol=1e-11) @ b
-    return solution
+    return torch.linalg.pinv(a, hermitian=True, rtol=1e-11) @ b

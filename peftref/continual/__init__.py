@@ -1,1 +1,0 @@
-"""Continual learning: one model over a stream of tasks."""
