@@ -6,7 +6,7 @@ STAMP := .venv/.stamp
 HTML := _build/html/.stamp
 PAGES := $(shell find book peftref -type f -not -path '*/vendor/*' -not -path '*/__pycache__/*' -not -name '.*')
 
-.PHONY: book test chapter execute bench lock clean
+.PHONY: book test chapter execute bench mutants lock clean
 .DELETE_ON_ERROR:
 
 # Execute the chapters whose code, modules or data have changed, write what follows from other files, build the pages.
@@ -30,6 +30,10 @@ execute: $(STAMP)
 bench: $(STAMP)
 	$(PY) -m benchmarks
 
+# Does some test fail for each seeded defect?
+mutants: $(STAMP)
+	$(PY) -m tools.mutants --jobs $(JOBS)
+
 # Exact versions for every Python from 3.10 on; names no index and no path.
 lock: $(STAMP)
 	$(PY) -m pip install -q uv
@@ -50,7 +54,7 @@ $(STAMP): requirements.lock pyproject.toml
 
 # Always from scratch: Sphinx repeats no warning of a page it does not read again, so an incremental build could pass
 # where a clean one fails.
-$(HTML): $(STAMP) $(PAGES) _config.yml _toc.yml CHANGELOG.md tools/vendor.py
+$(HTML): $(STAMP) $(PAGES) _config.yml _toc.yml CHANGELOG.md tools/vendor.py tools/accessible.py tools/redirects.py
 	@$(PY) -m tools.vendor
 	@rm -rf _build
 	.venv/bin/jupyter-book build . -n -W --keep-going

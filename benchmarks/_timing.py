@@ -1,7 +1,8 @@
 """What all benchmarks share: two callables timed in turn, the peak of their tensor memory, one row of results.
 
 A benchmark module ``bench_<slug>.py`` has a function ``rows() -> list[Row]``. For each row it builds the inputs,
-checks that both sides give the same result, and calls :func:`compare`.
+checks that both sides give the same result, and calls :func:`compare`. Where the bytes or operations that no
+implementation avoids can be counted, :func:`bytes_floor` or :func:`flops_floor` says how long they alone take.
 """
 
 from __future__ import annotations
@@ -13,14 +14,21 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import cache
 from itertools import accumulate
-from pathlib import Path
 from typing import TypedDict
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["Row", "compare", "environment", "peak_mb"]
+from peftref.results import hardware
+
+__all__ = ["Floor", "Row", "bytes_floor", "compare", "environment", "flops_floor", "peak_mb"]
+
+
+class Floor(TypedDict):
+    seconds: float
+    what: str  # is counted, in a word or two
 
 
 class Row(TypedDict):
@@ -32,6 +40,7 @@ class Row(TypedDict):
     ours_peak_mb: float
     peer_peak_mb: float
     target: float | None  # the ratio promised, where one is
+    floor: Floor | None  # what no implementation can go below on this machine, where that can be counted
 
 
 def compare(
@@ -41,6 +50,7 @@ def compare(
     *,
     peer_name: str,
     target: float | None = None,
+    floor: Floor | None = None,
     warmup: int = 2,
     repeats: int = 7,
 ) -> Row:
@@ -61,7 +71,7 @@ def compare(
     ours_s, peer_s = map(statistics.median, times)
     return Row(
         claim=claim, peer=peer_name, ours_s=ours_s, peer_s=peer_s, ratio=peer_s / ours_s,
-        ours_peak_mb=peak_mb(ours), peer_peak_mb=peak_mb(peer), target=target,
+        ours_peak_mb=peak_mb(ours), peer_peak_mb=peak_mb(peer), target=target, floor=floor,
     )  # fmt: skip
 
 
@@ -86,25 +96,51 @@ def peak_mb(run: Callable[[], object]) -> float:
     return peak / 1e6
 
 
+def bytes_floor(n_bytes: float) -> Floor:
+    """The time in which this machine reads and writes so many bytes, all together, when it copies a large tensor."""
+    return Floor(seconds=n_bytes / _copied_bytes(torch.get_num_threads()), what=f"{n_bytes / 1e6:.0f} MB")
+
+
+def flops_floor(flops: float) -> Floor:
+    """The time of so many additions and multiplications, at the speed of one large product of matrices in float32."""
+    return Floor(seconds=flops / _multiplied_flops(torch.get_num_threads()), what=f"{flops / 1e9:.1f} GFLOP")
+
+
+@cache
+def _copied_bytes(threads: int) -> float:
+    """Bytes per second with the threads that torch uses now: of 256 MB, each is read once and written once."""
+    source = torch.ones(1 << 26)
+    target = torch.empty_like(source).copy_(source)  # the pages are there before the clock starts
+    return 2 * source.nbytes / _best(lambda: target.copy_(source))
+
+
+@cache
+def _multiplied_flops(threads: int) -> float:
+    a = torch.ones(1536, 1536)
+    return 2 * len(a) ** 3 / _best(lambda: a @ a)
+
+
+def _best(run: Callable[[], object], repeats: int = 9) -> float:
+    """The shortest time: a floor is what the machine can do, not what it did while something else ran."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
 def environment() -> dict[str, str | int]:
     """Versions and machine: what a stored ratio must be read with."""
     return {
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "processor": _processor(),
         "cpus": os.cpu_count() or 1,
-        "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        **hardware(),
     }
 
 
 def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(": ")[2] if names else platform.processor() or platform.machine()

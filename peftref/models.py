@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,8 @@ class SmallCNN(nn.Module):
         self.fc = nn.Linear(4 * w, num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        return self.stages(x)  # (N, 4 width, H/8, W/8)
+        h: Tensor = self.stages(x)  # (N, 4 width, H/8, W/8)
+        return h
 
     def forward_head(self, h: Tensor, pre_logits: bool = False) -> Tensor:
         h = h.mean((2, 3))  # (N, 4 width)
@@ -82,7 +84,8 @@ class PlainCNN(nn.Module):
         self.stages = nn.Sequential(
             *(nn.Sequential(nn.Conv2d(i, o, 3, s, 1), nn.ReLU(inplace=True)) for i, o, s in plan)
         )
-        for conv, _ in self.stages:
+        for conv in (m for m in self.stages.modules() if isinstance(m, nn.Conv2d)):
+            assert conv.bias is not None
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")  # keeps the variance where no BatchNorm does
             nn.init.zeros_(conv.bias)
         self.num_features = 4 * w
@@ -100,17 +103,22 @@ class Normalised(nn.Module):
     deviation; a wrong pair is the commonest cause of numbers that do not reproduce.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model  # speaks timm's protocol, of which nn.Module says nothing
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        return self.model.forward_features((x - self.mean) / self.std)
+        h: Tensor = self.model.forward_features((x - self.mean) / self.std)
+        return h
 
     def forward_head(self, h: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.model.forward_head(h, pre_logits=pre_logits)
+        h = self.model.forward_head(h, pre_logits=pre_logits)
+        return h
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -175,7 +183,7 @@ def pretrained(name: str, seed: int = 0) -> SmallCNN:
     return model.eval()
 
 
-def from_timm(name: str, pretrained: bool = False, checkpoint: str | Path | None = None, **kwargs) -> Normalised:
+def from_timm(name: str, pretrained: bool = False, checkpoint: str | Path | None = None, **kwargs: Any) -> Normalised:
     """A timm model that takes images in [0, 1], in eval mode; its mean and standard deviation come with its weights.
 
     Args:

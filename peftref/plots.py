@@ -25,7 +25,7 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import cycle
-from typing import Any
+from typing import Any, cast
 
 import matplotlib as mpl
 import numpy as np
@@ -33,6 +33,7 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from PIL import Image
 
 __all__ = ["GREY", "PALETTE", "Plot", "bars", "graph", "images", "lines", "png", "style"]
@@ -54,7 +55,7 @@ RC: dict[str, Any] = {
 
 def style() -> AbstractContextManager[None]:
     """House style for a figure of your own, ``with plots.style(): ...``; matplotlib's own settings return after it."""
-    return mpl.rc_context(RC)
+    return mpl.rc_context(cast(Any, RC))  # matplotlib's type lists every name there is
 
 
 class Plot(Figure):
@@ -151,9 +152,11 @@ def bars(mean: pd.DataFrame, spread: pd.DataFrame | None = None, *, xlabel: str,
         axes = figure.subplots()
         for i, (name, colour) in enumerate(zip(mean.columns, _colours(mean.columns), strict=True)):
             at = np.arange(rows) + 0.8 * ((i + 0.5) / columns - 0.5)
-            error = {} if spread is None else {"xerr": spread[name], "error_kw": {"ecolor": GREY, "capsize": 2}}
-            face = {"color": (colour, 0.5), "edgecolor": colour}  # pale inside: the error bar shows on grey too
-            axes.barh(at, mean[name], 0.7 / columns, label=name, **face, **error)
+            # pale inside: the error bar shows on grey too
+            bar: dict[str, Any] = {"color": (colour, 0.5), "edgecolor": colour, "label": name}
+            if spread is not None:
+                bar |= {"xerr": spread[name], "error_kw": {"ecolor": GREY, "capsize": 2}}
+            axes.barh(at, mean[name], 0.7 / columns, **bar)
         axes.set(xlabel=xlabel, ylabel=ylabel, yticks=range(rows), yticklabels=[str(name) for name in mean.index])
         axes.invert_yaxis()
         if columns > 1:
@@ -227,7 +230,7 @@ def graph(points: Any, edges: Any, panels: Mapping[str, Any], names: Sequence[st
     return figure
 
 
-def _array(x: Any) -> np.ndarray:
+def _array(x: Any) -> NDArray[Any]:
     """Anything torch reads, from any device, as a float64 array."""
     return torch.as_tensor(x).detach().cpu().double().numpy()
 
@@ -248,7 +251,8 @@ def _name_ends(axes: Axes) -> None:
     """Write each curve's name at its right end, moved apart just enough not to overlap."""
     axes.margins(x=0)
     to_axes = axes.transData + axes.transAxes.inverted()
-    curves = [(line, y[np.isfinite(y)][-1]) for line in axes.lines if np.isfinite(y := line.get_ydata()).any()]
+    drawn = [(line, np.asarray(line.get_ydata())) for line in axes.lines]
+    curves = [(line, y[np.isfinite(y)][-1]) for line, y in drawn if np.isfinite(y).any()]
     ends = np.array([to_axes.transform((axes.get_xlim()[1], y))[1] for _, y in curves])
     gap = 0.2 / 2.5  # a line of text over the height of the axes, both in inches
     order, at = np.argsort(ends), ends.copy()
@@ -256,6 +260,6 @@ def _name_ends(axes: Axes) -> None:
         at[above] = max(at[above], at[below] + gap)
     at -= max(0.0, at.max() - max(1.0, ends.max()))  # pushed up to the names of the regions: all come down again
     for (line, _), end, place in zip(curves, ends, at, strict=True):
-        same = {"transform": axes.transAxes, "clip_on": False}
+        same: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
         axes.plot([1, 1.05], [end, place], color=line.get_color(), linewidth=1.2, scalex=False, scaley=False, **same)
-        axes.text(1.06, place, line.get_label(), va="center", size=10, **same)
+        axes.text(1.06, place, str(line.get_label()), va="center", size=10, **same)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import cycle
+from typing import Any, cast
 
 from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -45,7 +46,7 @@ def tradeoff(
     with style():
         figure = Plot(height=height)
         axes = figure.subplots()
-        bar = {"linestyle": "none", "markersize": 7, "capsize": 2, "ecolor": GREY, "elinewidth": 1}
+        bar: dict[str, Any] = {"linestyle": "none", "markersize": 7, "capsize": 2, "ecolor": GREY, "elinewidth": 1}
         for name, colour, marker in zip(points, _colours(points), cycle(MARKERS), strict=False):
             axes.errorbar(*points[name], color=colour, marker=marker, label=name, **bar)
         for name, y in (lines or {}).items():
@@ -58,6 +59,6 @@ def tradeoff(
             axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.xaxis.set_minor_formatter(NullFormatter())
         handles, names = axes.get_legend_handles_labels()
-        marks = [handle.lines[0] for handle in handles]  # the mark without its bar
+        marks = [cast(Any, handle).lines[0] for handle in handles]  # the mark without its bar
         figure.legend(marks, names, loc="outside lower center", ncols=4, columnspacing=1, handletextpad=0.3)
     return figure

@@ -36,7 +36,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (N, T, 3, heads, d / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v)  # (N, heads, T, d / heads)
-        return self.proj(y.transpose(1, 2).flatten(2))
+        out: Tensor = self.proj(y.transpose(1, 2).flatten(2))
+        return out
 
 
 class Mlp(nn.Module):
@@ -47,7 +48,8 @@ class Mlp(nn.Module):
         self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        x = self.fc2(self.act(self.fc1(x)))
+        return x
 
 
 class Block(nn.Module):
@@ -60,7 +62,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.mlp(self.norm2(x))
+        return x
 
 
 class ViT(nn.Module):
@@ -90,8 +93,7 @@ class ViT(nn.Module):
                 f"got {img_size} / {patch_size} and {embed_dim} / {num_heads}"
             )
         super().__init__()
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)})
         tokens = (img_size // patch_size) ** 2 + 1
         self.cls_token = nn.Parameter(1e-6 * torch.randn(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, tokens, embed_dim))
@@ -103,9 +105,10 @@ class ViT(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        x = self.patch_embed.proj(x).flatten(2).mT  # (N, T - 1, d)
+        x = self.patch_embed["proj"](x).flatten(2).mT  # (N, T - 1, d)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
-        return self.norm(self.blocks(x))  # (N, T, d)
+        x = self.norm(self.blocks(x))  # (N, T, d)
+        return x
 
     def forward_head(self, h: Tensor, pre_logits: bool = False) -> Tensor:
         return h[:, 0] if pre_logits else self.head(h[:, 0])

@@ -119,7 +119,7 @@ def _control(values: Sequence[Any], label: str, value: Any) -> ipywidgets.Widget
     return kind(options=options, value=value, description=label, layout=layout, style={"description_width": "initial"})
 
 
-def _stacked(frames: Mapping[tuple, str], controls: list[ipywidgets.Widget]) -> ipywidgets.Widget:
+def _stacked(frames: Mapping[tuple[Hashable, ...], str], controls: list[ipywidgets.Widget]) -> ipywidgets.Widget:
     """One Stack per value of the outer controls, each linked to its level's control in the browser."""
     layout = ipywidgets.Layout(width="auto")  # one model shared by all the pictures
     style = ipywidgets.HTML().style
@@ -133,7 +133,7 @@ def _stacked(frames: Mapping[tuple, str], controls: list[ipywidgets.Widget]) -> 
     return level[0]
 
 
-def _observed(frames: Mapping[tuple, str], controls: list[ipywidgets.Widget]) -> ipywidgets.Widget:
+def _observed(frames: Mapping[tuple[Hashable, ...], str], controls: list[ipywidgets.Widget]) -> ipywidgets.Widget:
     """For ipywidgets 7 (Colab), which has no Stack: there a kernel is alive, and Python changes the picture."""
     picture = ipywidgets.HTML()
 

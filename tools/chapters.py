@@ -6,6 +6,8 @@ the data files beside those modules and of its recorded results. It is stale whe
     python -m tools.chapters tta/lame          # execute one chapter
     python -m tools.chapters --stale --jobs 2  # execute what has changed, two at a time
     python -m tools.chapters --check           # only name the stale ones; exit code 1 if there are any
+
+With ``PEFTREF_RECORD=1`` an execution also writes down what it took, for the page of the book's state.
 """
 
 from __future__ import annotations
@@ -35,6 +37,9 @@ WIDGETS = "application/vnd.jupyter.widget-state+json"
 # Runs in the kernel after the last cell and is not kept: which modules did the chapter really import, and from where?
 ASK = f"""import json, sys
 print(json.dumps({{n: m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "{PACKAGE}" and m.__file__}}))"""
+# And on request, after that: on what machine, how long, how much memory?
+COST = f"\nfrom {PACKAGE}.results import run\nprint(json.dumps(run()))"
+STATUS = "book/_results/status.json"
 
 
 class ThisPython(AsyncKernelManager):
@@ -120,7 +125,7 @@ def tidy(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
 async def execute(
     path: Path, root: Path = ROOT, *, timeout: int = 600, threads: int = 1, tick: Callable[..., object] | None = None
 ) -> None:
-    """Execute a notebook in place. If a cell raises, the file stays as it was.
+    """Execute a notebook in place, and :func:`note` its cost if recording. If a cell raises, the file stays as it was.
 
     Raises:
         CellExecutionError: A cell raised; the message shows the cell and the traceback.
@@ -128,7 +133,8 @@ async def execute(
     """
     nb = nbformat.read(path, as_version=4)
     nb.metadata.pop("widgets", None)
-    nb.cells.append(nbformat.v4.new_code_cell(ASK))
+    recording = bool(os.environ.get("PEFTREF_RECORD"))
+    nb.cells.append(nbformat.v4.new_code_cell(ASK + COST * recording))
     client = NotebookClient(
         nb,
         kernel_name="python3",
@@ -144,7 +150,8 @@ async def execute(
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": str(threads)}
     await client.async_execute(cwd=str(path.parent), env=env)
-    modules = json.loads("".join(out.text for out in nb.cells.pop().outputs if out.get("name") == "stdout"))
+    answer = "".join(out.text for out in nb.cells.pop().outputs if out.get("name") == "stdout")
+    modules, *cost = map(json.loads, answer.splitlines())
     for name, file in modules.items():
         if Path(file).resolve() != module_file(root, name).resolve():
             raise RuntimeError(f"{path}: {name} was imported from {file}, expected it under {root}")
@@ -152,6 +159,21 @@ async def execute(
     partial = path.with_suffix(".partial")
     partial.write_text(nbformat.writes(tidy(nb)) + "\n", encoding="utf-8")
     os.replace(partial, path)
+    if recording:
+        note(path, cost[0], root)
+
+
+def note(path: Path, cost: dict, root: Path = ROOT) -> None:
+    """Write down what the execution of a chapter took; chapters that are gone are forgotten.
+
+    Chapters that run at the same time do so in one process, and nothing is awaited between reading and writing.
+    """
+    file = root / STATUS
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known[path.relative_to(root / "book").with_suffix("").as_posix()] = cost
+    known = {name: known[name] for name in sorted(known) if (root / f"book/{name}.ipynb").is_file()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 
 async def execute_all(paths: list[Path], root: Path = ROOT, *, jobs: int = 1, timeout: int = 600) -> dict[Path, str]:

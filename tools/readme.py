@@ -1,4 +1,5 @@
-"""Write what follows from other files: the README's table and the map from the catalogue, its picture from a chapter.
+"""Write what follows from other files: the README's table and the map from the catalogue, its picture from a chapter,
+the pages of results, of speed and of the chapters' state from what was measured.
 
 ``--check`` only says whether they are up to date.
 
@@ -14,6 +15,7 @@ from pathlib import Path
 import nbformat
 
 from peftref import catalog
+from tools import pages
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ("book/tta/cotta.ipynb", "fig-cotta-result")  # the figure that the README shows
@@ -48,6 +50,9 @@ def wanted(root: Path = ROOT) -> dict[Path, bytes]:
     head, rest = text.split(START)
     table = f"{START}\n\n{catalog.readme_table()}\n\n{STOP}"
     files = {readme: (head + table + rest.split(STOP)[1]).encode(), root / "book/map.md": catalog.map_page().encode()}
+    files[root / "book/results.md"] = pages.results_page(root).encode()
+    files[root / "book/speed.md"] = pages.speed_page(root).encode()
+    files[root / "book/status.md"] = pages.status_page(root).encode()
     if (root / PICTURE[0]).is_file():
         files[root / "book/_static/readme.png"] = picture(root)
     return files

@@ -58,10 +58,16 @@ PACKAGES = (
 # for its icons beside each page: let it look beside the scripts. And the bundle typesets the labels of widgets by the
 # interface of MathJax 2, which version 3 does not have: give it one. And the theme's Font Awesome replaces icons by
 # drawings as they appear, under the hands of the Play widget, whose links then stop working: only icons that are in the
-# page from the start shall be drawn.
+# page from the start shall be drawn. And the handle of a slider has no name for a screen reader: it gets its label's.
 WIDGETS = """\
 require.config({baseUrl: new URL('.', document.currentScript.src).href});
 if (window.FontAwesome) FontAwesome.config.observeMutations = false;
+new MutationObserver(() => {
+  for (const handle of document.querySelectorAll('.noUi-handle:not([aria-label])')) {
+    const label = handle.closest('.widget-inline-hbox')?.querySelector('.widget-label');
+    if (label) handle.setAttribute('aria-label', label.textContent);
+  }
+}).observe(document.documentElement, {childList: true, subtree: true});
 document.addEventListener('DOMContentLoaded', () => {
   if (window.MathJax) {
     MathJax.Hub = {Queue: ([, , node]) => MathJax.startup.promise.then(() => MathJax.typesetPromise([node]))};

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from benchmarks._timing import Row, compare
+from benchmarks._timing import Row, bytes_floor, compare
 from peftref.data import load
 from peftref.data._domains import generator_for
 from peftref.data.multicolor import colour_maps, multicolor
@@ -53,6 +53,7 @@ def interpolation() -> list[Row]:
         averaged.update_parameters(second)
         return dict(zip(base, averaged.module.all, strict=True))
 
+    least = bytes_floor(3 * sum(t.nbytes for t in base.values()))  # two networks read, one written
     rows = []
     for name, peer, exact in (
         ("(1 - alpha) a + alpha b for each tensor", loop, False),
@@ -62,7 +63,8 @@ def interpolation() -> list[Row]:
         merged, other = ours(), peer()
         for key, t in merged.items():  # the same arithmetic gives the same bits, another order of it nearly so
             assert_close(t, other[key].detach(), rtol=0, atol=0 if exact else 1e-6)
-        rows.append(compare(f"WiSE-FT of 85 M weights against {peer.__name__}", ours, peer, peer_name=name))
+        claim = f"WiSE-FT of 85 M weights against {peer.__name__}"
+        rows.append(compare(claim, ours, peer, peer_name=name, floor=least))
     return rows
 
 

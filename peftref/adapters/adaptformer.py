@@ -152,7 +152,9 @@ def width(child: nn.Module) -> int:
         if isinstance(size := getattr(m, "in_features", None), int):
             return size
         weight = getattr(m, "weight", None)
-        shape = getattr(m, "normalized_shape", ()) or (weight.shape if isinstance(weight, Tensor) else ())
+        shape: tuple[int, ...] = getattr(m, "normalized_shape", ()) or (
+            weight.shape if isinstance(weight, Tensor) else ()
+        )
         if len(shape) == 1:
             return shape[0]
     raise ValueError(f"tap: expected a normalisation or layers with a matrix, got a {type(child).__name__}")
@@ -167,8 +169,9 @@ def dead_share(model: nn.Module, x: Tensor, name: str = "default") -> dict[str, 
     Raises:
         ValueError: no adapter of that name, it is not active, or it is no AdaptFormer.
     """
-    found, shares = adapters(model, name), {}
-    if wrong := [n for n, a in found.items() if not isinstance(a, AdaptFormer)]:
+    given, shares = adapters(model, name), {}
+    found = {n: a for n, a in given.items() if isinstance(a, AdaptFormer)}
+    if wrong := [n for n in given if n not in found]:
         raise ValueError(f"name: expected an AdaptFormer, got another adapter on {wrong}")
 
     def see(n: str, u: Tensor) -> None:

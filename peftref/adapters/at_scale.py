@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -48,12 +49,14 @@ class Enlarged(nn.Module):
 
     @property
     def head(self) -> nn.Module:
-        return self.net.model.get_classifier()
+        classifier: nn.Module = self.net.model.get_classifier()
+        return classifier
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.interpolate(x.expand(-1, 3, -1, -1), (self.size, self.size), mode="bicubic").clamp(0, 1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            return self.net(x).float()
+            logits: Tensor = self.net(x)
+            return logits.float()
 
 
 def held_out(data: Dataset, n_val: int = 5000, seed: int = 0) -> Task:
@@ -87,7 +90,7 @@ def run_at_scale(
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     steps = steps or max(1, math.ceil(epochs * len(task.train.y) / batch_size))
-    image = {} if pretrained else {"img_size": size}  # positions of shipped weights fit one size
+    image: dict[str, Any] = {} if pretrained else {"img_size": size}  # positions of shipped weights fit one size
 
     def start(num_classes: int) -> Enlarged:
         net = from_timm(tag, pretrained=pretrained, num_classes=num_classes, **image)

@@ -105,7 +105,8 @@ def pool(x: Tensor, r: int) -> Tensor:
     if rest:  # zeros fill the last shard up
         x, shards = F.pad(x, (0, r - rest)), shards + 1
     # eq-bone-pooled:  (x S^T)_k = x_k + x_{k + r} + ...
-    return x.unflatten(-1, (shards, r)).sum(-2)
+    cut: Tensor = x.unflatten(-1, (shards, r))
+    return cut.sum(-2)
 
 
 def pooled(block: Tensor, i: int) -> Tensor:
@@ -156,14 +157,19 @@ class Bone(Adapter):
         if self.variant == "bat":
             if windows:
                 return base.linear(x, bat(base.weight, self.miss_block))
-            return _Bat.apply(x, view(base.module, base.module.weight.dtype).weight, self.miss_block, False, None)
+            weight = view(base.module, base.module.weight.dtype).weight
+            dy: Tensor = _Bat.apply(x, weight, self.miss_block, False, None)
+            return dy
         D = self._columns(base)
         # eq-bone-pooled:  dy = (x S^T) D
         S_x = base.linear(x, tiles(self.r, base.in_features).to(D)) if windows else pool(x, self.r)
         return F.linear(S_x, D.T)
 
     def whole(self, x: Tensor, base: Layer) -> Tensor | None:
-        return _Bat.apply(x, base.weight, self.miss_block, True, base.bias) if self.variant == "bat" else None
+        if self.variant != "bat":
+            return None
+        y: Tensor = _Bat.apply(x, base.weight, self.miss_block, True, base.bias)
+        return y
 
     def delta(self, base: Layer) -> tuple[Tensor, Tensor | None]:
         if self.variant == "bat":
@@ -206,8 +212,8 @@ class _Bat(torch.autograd.Function):
             dx = (grad @ _bat(weight, block, ctx.whole).to(grad.dtype)).to(x.dtype)
         if ctx.needs_input_grad[2]:
             groups, r, _ = block.shape
-            flat = lambda t: t.reshape(-1, t.shape[-1])  # noqa: E731
-            G = (flat(grad).mT @ flat(x).to(grad.dtype)).to(block.dtype)  # (o, i)
+            flat_grad, flat_x = (t.reshape(-1, t.shape[-1]) for t in (grad, x))
+            G = (flat_grad.mT @ flat_x.to(grad.dtype)).to(block.dtype)  # (o, i)
             rows, of = weight.reshape(groups, -1, r), G.view(groups, -1, r)
             # eq-bone-gradient:  dB_a = sum_b W_ab^T G_ab + sum_b G_ab
             dB = torch.baddbmm(G.view(groups, r, -1, r).sum(2), rows.mT, of)

@@ -40,7 +40,7 @@ True
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,8 @@ class Adapter(nn.Module):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "forward" in vars(cls) and "whole" not in vars(cls):
-            cls.whole = Adapter.whole  # of another increment, what was inherited is the wrong output
+            this: Any = cls
+            this.whole = Adapter.whole  # of another increment, what was inherited is the wrong output
         if "kind" in vars(cls):
             KINDS[cls.kind] = cls
 
@@ -153,7 +154,7 @@ class Host(nn.Module):
         return self._frozen is not None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        active = [] if self.merged else [self.adapters[name] for name in self.active]
+        active = [] if self.merged else self._active()
         if len(active) == 1 and (y := self._whole(active[0], x)) is not None:
             return y
         y0, inputs = tapped(self.base_layer, [a.tap for a in active if a.tap], x, *args, **kwargs)
@@ -165,11 +166,15 @@ class Host(nn.Module):
             x_a = inputs.get(adapter.tap, x)
             increment = adapter(x_a.to(base.dtype), base.to_rows(y0).to(base.dtype), base)
             total = increment if total is None else total + increment
+        assert total is not None
         # eq-adapters-contract: the sum is taken in the adapters' type and rounded once
         return (y0 + base.from_rows(total, y0)).to(y0.dtype)
 
+    def _active(self) -> list[Adapter]:
+        return [cast(Adapter, self.adapters[name]) for name in self.active]
+
     def _whole(self, adapter: Adapter, x: Tensor) -> Tensor | None:
-        base = self.base_layer
+        base: Any = self.base_layer
         plain = type(base) is nn.Linear and x.dtype == base.weight.dtype == adapter.dtype
         # Autocast would round W + dW as one, and hooks on the frozen layer want to see it called.
         if not plain or torch.is_autocast_enabled(x.device.type) or any(getattr(base, name) for name in HOOKS):
@@ -181,17 +186,17 @@ class Host(nn.Module):
         """The merged weight and bias, as the module keeps them; nothing changes."""
         base = view(self.base_layer)
         weight, bias = base.weight, base.bias
-        for adapter in (self.adapters[name] for name in self.active):
+        for adapter in self._active():
             dW, db = adapter.delta(view(self.base_layer, adapter.dtype))
             weight = weight + dW.to(weight.dtype)
             if db is not None:
                 bias = db.to(weight.dtype) if bias is None else bias + db.to(weight.dtype)
-        like = self.base_layer.weight
+        like: Tensor = base.module.weight
         return torch.empty_like(like).copy_(base.kept(weight)), None if bias is None else bias.to(like.dtype)
 
     def put(self, weight: Tensor, bias: Tensor | None) -> None:
         """Use these instead of the frozen ones, which are put aside; whoever shares those keeps them."""
-        base = self.base_layer
+        base: Any = self.base_layer
         self._frozen = base.weight, base.bias
         base.weight = nn.Parameter(weight, requires_grad=False)
         base.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -199,11 +204,12 @@ class Host(nn.Module):
     def restore(self) -> None:
         """The frozen parameters again, the same objects."""
         if self._frozen is not None:
-            self.base_layer.weight, self.base_layer.bias = self._frozen
+            base: Any = self.base_layer
+            base.weight, base.bias = self._frozen
             self._frozen = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Host:
-        super()._apply(fn, recurse)  # .to(device), .half(): what is put aside goes along
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # .to(device), .half(): what is put aside goes along
         for p in self._frozen or ():
             if p is not None:
                 p.data = fn(p.data)

@@ -25,7 +25,7 @@ Linear(in_features=8, out_features=2, bias=True)
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -83,13 +83,14 @@ def build(
     own = dict(per_layer or {})
     if unknown := [n for n in own if n not in layers]:
         raise ValueError(f"per_layer: expected names among {list(layers)}, got {unknown}")
-    made = {}
+    made: dict[str, Adapter] = {}
     for n, module in layers.items():
-        if own.get(n, {}) is None:
+        mine = own.get(n, {})
+        if mine is None:
             continue
         base = view(module)
         like = next(module.parameters(), torch.empty(0))
-        made[n] = kind(base, **{**options, **own.get(n, {})}).to(like.device, base.dtype).train(module.training)
+        made[n] = kind(base, **{**options, **mine}).to(like.device, base.dtype).train(module.training)
     if not made:
         raise ValueError("per_layer: expected at least one layer to adapt, got None for all")
     return made
@@ -107,7 +108,7 @@ def install(model: nn.Module, new: Mapping[str, Adapter], name: str = "default",
         model.requires_grad_(False)
     fresh = {n: Host(modules[n]) for n in new if not isinstance(modules[n], Host)}
     for n, adapter in new.items():
-        fresh.get(n, modules[n]).adapters[name] = adapter
+        (fresh.get(n) or hosts[n]).adapters[name] = adapter
     swap(model, {id(modules[n]): host for n, host in fresh.items()})
     activate(model, name)
 
@@ -119,7 +120,7 @@ def adapters(model: nn.Module, name: str = "default") -> dict[str, Adapter]:
         ValueError: the model has none of that name.
     """
     hosts = _hosts(model)
-    found = {n: host.adapters[name] for n, host in hosts.items() if name in host.adapters}
+    found = {n: cast(Adapter, host.adapters[name]) for n, host in hosts.items() if name in host.adapters}
     if not found:
         raise ValueError(f"name: expected one of {_names(hosts)}, got {name!r}")
     return found

@@ -170,12 +170,12 @@ def collect(
             forward(model, batch)
         seen += 1
         if all(group.state for group in groups):  # on an incremental route, and beyond the first rows
-            dealt = redistribute({n: group.state.ratio for n, group in _by_layer(groups, layers)}, budget)
+            dealt = redistribute({n: g.state.ratio for n, g in _by_layer(groups, layers) if g.state}, budget)
     if not seen:
         raise ValueError("batches: expected at least one, got none")
     if unseen := [n for group in groups for n in group.members if not group.finish()]:
         raise ValueError(f"targets: expected layers that the batches reach, got none for {unseen}; exclude them")
-    spectra = {n: group.state for n, group in _by_layer(groups, layers)}
+    spectra = {n: group.state for n, group in _by_layer(groups, layers) if group.state}
     dealt = redistribute({n: spectrum.ratio for n, spectrum in spectra.items()}, budget)
     moving = [n for n, g in _by_layer(groups, layers) if not g.moments and g.moving(dealt, tau, subspace)]
     return Directions(spectra, dealt, r, seen, moving)
@@ -217,7 +217,7 @@ def inject_eva(
            for n, q in ranks.items()}  # fmt: skip
     new = build(model, LoRA, "|".join(map(re.escape, ranks)), per_layer=own, **options)
     for n, adapter in new.items():
-        A = adapter.lora_A.weight
+        A = adapter.get_parameter("lora_A.weight")
         A.data.copy_(start(found.spectra[n], ranks[n], whiten=whiten).view_as(A))
     install(model, new, name, freeze=freeze)
     return list(new)
@@ -258,7 +258,7 @@ class _Input:
 
     def moving(self, dealt: Mapping[str, int], tau: float, subspace: bool) -> bool:
         """Whether the directions that the members' ranks need have moved in the last step."""
-        if not dealt or self.before is None:
+        if not dealt or self.before is None or self.state is None:
             return True
         return agreement(self.state, self.before, max(dealt[n] for n in self.members), subspace=subspace) < tau
 

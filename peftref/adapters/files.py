@@ -46,7 +46,7 @@ NEUTRAL = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "megatron_core", "peft_type",
     "peft_version", "per_layer", "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
-EMPTY = (None, False, "none", {}, [])  # how a PEFT configuration says that an option is off
+EMPTY: tuple[object, ...] = (None, False, "none", {}, [])  # how a PEFT configuration says that an option is off
 
 
 def state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
@@ -158,13 +158,11 @@ def _write(path: str | Path, tensors: Mapping[str, Tensor], spec: Mapping[str, A
 
 def _tensors(found: Mapping[str, Adapter]) -> dict[str, Tensor]:
     """By PEFT's names, those that layers share under the first; the adapters' own tensors."""
-    seen: set[int] = set()
-    return {
-        f"{PREFIX}{n}.{key}": t
-        for n, adapter in found.items()
-        for key, t in adapter.state_dict(keep_vars=True).items()
-        if not (id(t) in seen or seen.add(id(t)))
-    }
+    first: dict[int, tuple[str, Tensor]] = {}
+    for n, adapter in found.items():
+        for key, t in adapter.state_dict(keep_vars=True).items():
+            first.setdefault(id(t), (f"{PREFIX}{n}.{key}", t))
+    return dict(first.values())
 
 
 def _now(key: str, kind: type[Adapter]) -> str:

@@ -15,7 +15,8 @@ ValueError: targets: expected layers that are called, got out_proj (in a Multihe
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from typing import cast
 
 from torch import nn
 
@@ -32,8 +33,10 @@ def bare(module: nn.Module) -> nn.Module:
 
 def named(model: nn.Module) -> dict[str, nn.Module]:
     """Every module once, under the first name it had before adapters came; in a host's place the host itself."""
-    seen: set[int] = set()
-    return {n: m for n, m in _walk(model) if not (id(m) in seen or seen.add(id(m)))}
+    first: dict[int, tuple[str, nn.Module]] = {}
+    for n, m in _walk(model):
+        first.setdefault(id(m), (n, m))
+    return dict(first.values())
 
 
 def find(
@@ -72,7 +75,7 @@ def find(
     passed_over = {
         f"{n} (in a {type(bare(parent)).__name__})"
         for prefix, parent in _walk(model)
-        for attr in bypassed(type(bare(parent)))
+        for attr in bypassed(cast(Hashable, type(bare(parent))))
         if (n := f"{prefix}.{attr}" if prefix else attr) in of
     }
     if passed_over:

@@ -116,12 +116,12 @@ class Hydra(Adapter):
         self.up_bias = nn.Parameter(torch.zeros(o)) if bias else None
 
     def forward(self, x: Tensor, y0: Tensor, base: Layer) -> Tensor:
-        h = []
+        parts = []
         if self.par_down is not None:
-            h.append(base.linear(x, self.par_down))  # (..., r_p)
+            parts.append(base.linear(x, self.par_down))  # (..., r_p)
         if self.seq_down is not None:
-            h.append(F.linear(y0, self.seq_down))  # (..., r_s), from the frozen output
-        h = torch.cat(h, -1) if self.down_bias is None else torch.cat(h, -1) + self.down_bias
+            parts.append(F.linear(y0, self.seq_down))  # (..., r_s), from the frozen output
+        h = torch.cat(parts, -1) if self.down_bias is None else torch.cat(parts, -1) + self.down_bias
         h = F.dropout(h, self.dropout, self.training)
         # eq-hydra-update:  s [B_p B_s] [A_p x + a_p; A_s y0 + a_s] + s beta, scaled where it is thin
         return F.linear(self.scale * h, self.up, None if self.up_bias is None else self.scale * self.up_bias)
@@ -147,7 +147,9 @@ def as_lora(adapter: Hydra, module: nn.Module) -> tuple[Tensor, Tensor, Tensor |
 
 
 def _as_lora(adapter: Hydra, base: Layer) -> tuple[Tensor, Tensor, Tensor | None]:
-    up, rows, h = adapter.scale * adapter.up, [], adapter.down_bias
+    up: Tensor = adapter.scale * adapter.up
+    h: Tensor | None = adapter.down_bias
+    rows: list[Tensor] = []
     if adapter.par_down is not None:
         rows.append(adapter.par_down)
     if adapter.seq_down is not None:
@@ -158,6 +160,7 @@ def _as_lora(adapter: Hydra, base: Layer) -> tuple[Tensor, Tensor, Tensor | None
     # eq-hydra-lora:  dW = s [B_p B_s] [A_p; A_s W_0],  db = s ([B_p B_s] [a_p; A_s b_0 + a_s] + beta)
     db = None if h is None else up @ h
     if adapter.up_bias is not None:
+        assert db is not None  # the two biases come together
         db = db + adapter.scale * adapter.up_bias
     return torch.cat(rows), up, db
 
@@ -178,12 +181,13 @@ def save_as_lora(model: nn.Module, path: str | Path, name: str = "default") -> N
         RuntimeError: the model is merged; its frozen weights are needed.
     """
     found, modules = adapters(model, name), named(model)
-    if other := [n for n, a in found.items() if not isinstance(a, Hydra)]:
+    hydras = {n: a for n, a in found.items() if isinstance(a, Hydra)}
+    if other := [n for n in found if n not in hydras]:
         raise TypeError(f"name: expected a Hydra, got {found[other[0]].kind} on {other[0]}")
     if any(getattr(modules[n], "merged", False) for n in found):
         raise RuntimeError("model: expected one that is not merged, got a merged one; unmerge it first")
     tensors, ranks, bias = {}, {}, False
-    for n, adapter in found.items():
+    for n, adapter in hydras.items():
         A, B, db = as_lora(adapter, modules[n])
         base = view(bare(modules[n]))
         ones = (1,) * (len(base.window) - 1)

@@ -45,6 +45,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -101,18 +102,19 @@ class HyperNet(nn.Module):
             nn.init.normal_(linear.weight, std=0.01)
             nn.init.zeros_(linear.bias)
         if init == "zero":
-            for linear in (writer[name] for writer in self.write for name in ("U", "c")):
-                nn.init.zeros_(linear.weight)
+            for weight in (writer.get_parameter(f"{name}.weight") for writer in self.write for name in ("U", "c")):
+                nn.init.zeros_(weight)
 
     def embed(self, layer: int, one: int | None = None) -> Tensor:
         """The points e of all tasks, or of one: ``(T, p)``."""
         z = self.task if one is None else self.task[one : one + 1]
         # eq-vl_adapter-hyper:  e = LN(MLP([z; l]))
-        return self.norm(self.mlp(torch.cat([z, self.layer[layer].expand_as(z)], 1)))
+        e: Tensor = self.norm(self.mlp(torch.cat([z, self.layer[layer].expand_as(z)], 1)))
+        return e
 
     def forward(self, layer: int, position: int = 0, one: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """D ``(T, r, d)``, b ``(T, r)``, U ``(T, d, r)`` and c ``(T, d)`` of one place."""
-        e, write = self.embed(layer, one), self.write[position]
+        e, write = self.embed(layer, one), cast(nn.ModuleDict, self.write[position])
         # eq-vl_adapter-hyper:  D = reshape(H_D e + h_D)
         return (
             write["D"](e).unflatten(1, (self.r, self.d)), write["b"](e),
@@ -143,6 +145,7 @@ class Hyperformer(Adapter):
     ) -> None:  # fmt: skip
         super().__init__()
         self.task_names = _agreed(tasks, task_names)
+        assert tasks is not None
         if hyper is None or hyper.d != base.out_features:
             got = "None" if hyper is None else f"one for {hyper.d}"
             raise ValueError(f"hyper: expected a HyperNet for {base.out_features} outputs, got {got}")
@@ -167,8 +170,8 @@ class Hyperformer(Adapter):
         adapter = VLAdapter(base, self.hyper.reduction, "multiple", tasks=self.tasks).to(self.hyper.task)
         D, b, U, c = self.hyper(self.layer, self.position)
         for half, weight, bias in ((adapter.down, D, b), (adapter.up, U, c)):
-            half.weight.copy_(weight)
-            half.bias.copy_(bias)
+            half.get_parameter("weight").copy_(weight)
+            half.get_parameter("bias").copy_(bias)
         return adapter
 
 
@@ -182,8 +185,8 @@ def places(model: nn.Module, targets: str | Iterable[str]) -> dict[str, dict[str
         ValueError: a name without a number; or as in :func:`~peftref.adapters.finding.find`.
     """
     names = list(find(model, targets))
-    parts = {name: re.fullmatch(r"(\D*)(\d+)(.*)", name) for name in names}
-    if bare := [name for name, match in parts.items() if match is None]:
+    parts = {name: match for name in names if (match := re.fullmatch(r"(\D*)(\d+)(.*)", name))}
+    if bare := [name for name in names if name not in parts]:
         raise ValueError(f"targets: expected layers in numbered blocks, got {bare}")
     numbers = sorted({int(match[2]) for match in parts.values()})
     around = list(dict.fromkeys((match[1], match[3]) for match in parts.values()))

@@ -21,7 +21,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -77,7 +77,8 @@ def together(
 
     Compared is the tensor, not its numbers: a copy counts as another input. A layer that is not reached is alone.
     """
-    alive: dict[tuple, tuple[weakref.ref, int]] = {}  # an address can be used again, so look whether it is still there
+    # An address can be used again, so look whether what had it is still there.
+    alive: dict[Hashable, tuple[weakref.ref[Tensor], int]] = {}
     calls: dict[str, list[int]] = {n: [] for n in layers}
 
     def see(name: str, x: Tensor) -> None:
@@ -130,7 +131,7 @@ def token_mask(batch: Any, ignore: int | None = -100) -> Tensor | None:
     return mask
 
 
-def _reading(module: nn.Module) -> tuple:
+def _reading(module: nn.Module) -> tuple[Hashable, ...]:
     """How a layer cuts its input into rows: convolutions with other windows do not share."""
     if not isinstance(module, nn.Conv2d):
         return ()

@@ -31,7 +31,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,8 +53,25 @@ class Layer:
         weight, bias: ``(o, i)`` and ``(o,)`` (or None), in ``dtype``, without a gradient.
     """
 
+    in_features: int
+    out_features: int
+    window: tuple[int, ...]
+
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        self.module, self.dtype = module, dtype
+        self.module: Any = module  # nn.Module does not say that a weight is a tensor
+        self.dtype = dtype
+
+    @property
+    def weight(self) -> Tensor:
+        raise AttributeError(f"weight: expected a layer with a matrix, got a {type(self.module).__name__}")
+
+    @property
+    def bias(self) -> Tensor | None:
+        raise AttributeError(f"bias: expected a layer with a matrix, got a {type(self.module).__name__}")
+
+    def kept(self, matrix: Tensor) -> Tensor:
+        """An ``(o, i)`` in the form in which the module keeps its weight."""
+        return matrix.view_as(self.module.weight)
 
     def rows(self, x: Tensor) -> Tensor:
         """The input as rows, ``(..., i)``."""
@@ -76,32 +93,32 @@ class Layer:
 class _Linear(Layer):
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__(module, dtype)
-        self.out_features, *window = module.weight.shape
+        weight: Tensor = self.module.weight
+        self.out_features, *window = weight.shape
         self.window = tuple(window)
-        self.in_features = module.weight[0].numel()
+        self.in_features = weight[0].numel()
 
     @property
     def weight(self) -> Tensor:
-        return self.module.weight.detach().flatten(1).to(self.dtype)
+        weight: Tensor = self.module.weight
+        return weight.detach().flatten(1).to(self.dtype)
 
     @property
     def bias(self) -> Tensor | None:
-        return None if self.module.bias is None else self.module.bias.detach().to(self.dtype)
-
-    def kept(self, matrix: Tensor) -> Tensor:
-        """An ``(o, i)`` in the form in which the module keeps its weight."""
-        return matrix.view_as(self.module.weight)
+        bias: Tensor | None = self.module.bias
+        return None if bias is None else bias.detach().to(self.dtype)
 
 
 class _Conv1D(_Linear):
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         Layer.__init__(self, module, dtype)
-        self.in_features, self.out_features = module.weight.shape
+        self.in_features, self.out_features = self.module.weight.shape
         self.window = (self.in_features,)
 
     @property
     def weight(self) -> Tensor:
-        return self.module.weight.detach().T.to(self.dtype)
+        weight: Tensor = self.module.weight
+        return weight.detach().T.to(self.dtype)
 
     def kept(self, matrix: Tensor) -> Tensor:
         return matrix.T
@@ -130,7 +147,7 @@ def view(module: nn.Module, dtype: torch.dtype | None = None) -> Layer:
     Where there is a :func:`refusal` there is no matrix to ask for.
     """
     form = _form(module) or Layer
-    weight = next(module.parameters(), torch.empty(0)) if form is Layer else module.weight
+    weight: Any = next(module.parameters(), torch.empty(0)) if form is Layer else module.weight
     return form(module, dtype or torch.promote_types(weight.dtype, torch.float32))
 
 
@@ -155,8 +172,9 @@ def _form(module: nn.Module) -> type[_Linear] | None:
         return _Conv1D
     if isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward:
         return _Linear
-    plain = isinstance(module, nn.Conv2d) and kind.forward is nn.Conv2d.forward
-    return _Conv2d if plain and kind._conv_forward is nn.Conv2d._conv_forward else None
+    if isinstance(module, nn.Conv2d) and kind.forward is nn.Conv2d.forward:
+        return _Conv2d if type(module)._conv_forward is nn.Conv2d._conv_forward else None
+    return None
 
 
 def tapped(
@@ -180,7 +198,8 @@ def tapped(
     inputs: dict[str, Tensor] = {}
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
-    twin.__dict__["_modules"] = {**module._modules, **{n: _Tap(module._modules[n], n, inputs) for n in taps}}
+    heard = {n: _Tap(cast(nn.Module, module._modules[n]), n, inputs) for n in taps}
+    twin.__dict__["_modules"] = {**module._modules, **heard}
     y = twin(x, *args, **kwargs)
     if unheard := [n for n in taps if n not in inputs]:
         raise RuntimeError(f"tap: expected a child that the {type(module).__name__} calls, got {', '.join(unheard)}")
@@ -202,7 +221,8 @@ class _Tap(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.inputs[self.name] = x
-        return self.child(x, *args, **kwargs)
+        y: Tensor = self.child(x, *args, **kwargs)
+        return y
 
 
 @functools.cache

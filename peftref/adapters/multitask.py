@@ -31,7 +31,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import Split
-from ..vit import ViT
 from .contract import Adapter
 from .layers import Layer
 from .tasks import TUNING_SEED, Task, accuracy, best_rate, descend, fresh, trainable
@@ -59,6 +58,9 @@ class Heads(nn.Linear):
         classes: number of classes of each task.
         tasks: the object that knows the task.
     """
+
+    start: Tensor
+    mask: Tensor
 
     def __init__(self, d: int, classes: Sequence[int], tasks: Tasks) -> None:
         super().__init__(d, sum(classes))
@@ -146,7 +148,7 @@ def learn(
     tasks = Tasks(list(suite))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = start(classes[0])
+        model: Any = start(classes[0])  # with a head, of which nn.Module says nothing
         build(model, tasks)
         if not common_head:
             model.head = Heads(model.num_features, classes, tasks)
@@ -222,7 +224,7 @@ def _first(model: nn.Module, tasks: Tasks) -> Tensor | int:
     return tasks.pick(model.head.start) if isinstance(model.head, Heads) else 0
 
 
-def _frozen(model: ViT) -> int:
+def _frozen(model: nn.Module) -> int:
     """Number of the first blocks that, with all before them, have nothing to train."""
     blocks = getattr(model, "blocks", ())
     busy = [i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters())]
@@ -232,24 +234,25 @@ def _frozen(model: ViT) -> int:
 
 
 @torch.no_grad()
-def _embed(model: ViT, x: Tensor, frozen: int) -> Tensor:
+def _embed(model: Any, x: Tensor, frozen: int) -> Tensor:
     """What the first blocks make of images, ``(N, T, d)``."""
     head = copy.copy(model)  # shares all weights
     head._modules = {**model._modules, "blocks": model.blocks[:frozen], "norm": nn.Identity()}
     return torch.cat([head.forward_features(part) for part in x.split(500)])
 
 
-def _start(model: ViT, x: Tensor, frozen: int) -> Tensor:
+def _start(model: nn.Module, x: Tensor, frozen: int) -> Tensor:
     """Input of :func:`_rest`: images, or where blocks are frozen, tokens after them."""
     return _embed(model, x, frozen) if frozen else x
 
 
-def _rest(model: ViT, h: Tensor, frozen: int) -> Tensor:
+def _rest(model: Any, h: Tensor, frozen: int) -> Tensor:
     """Logits from there on."""
-    return model.forward_head(model.norm(model.blocks[frozen:](h))) if frozen else model(h)
+    logits: Tensor = model.forward_head(model.norm(model.blocks[frozen:](h))) if frozen else model(h)
+    return logits
 
 
-def _pooled(suite: Mapping[str, Task], model: ViT, frozen: int) -> tuple[Tensor, Tensor, Tensor]:
+def _pooled(suite: Mapping[str, Task], model: nn.Module, frozen: int) -> tuple[Tensor, Tensor, Tensor]:
     """All training images up to where training starts, their labels as the model counts classes, and their tasks."""
     starts = model.head.start if isinstance(model.head, Heads) else torch.zeros(len(suite), dtype=torch.long)
     sizes = torch.tensor([len(part.train.y) for part in suite.values()])

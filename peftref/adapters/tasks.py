@@ -20,7 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pandas as pd
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ..data import Split, load
 from ..vit import ViT, pretrained_vit
-from .contract import Host
+from .contract import Adapter, Host
 from .layers import view
 
 __all__ = [
@@ -258,7 +258,7 @@ def accuracy(logits: Tensor, y: Tensor) -> float:
 
 def trainable(model: nn.Module) -> int:
     """Numbers that are trained, the head apart."""
-    head = {id(p) for p in model.head.parameters()}
+    head = {id(p) for p in model.get_submodule("head").parameters()}
     return sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in head)
 
 
@@ -276,7 +276,7 @@ def update_rank(model: nn.Module, rtol: float = 1e-5) -> float:
         return float("nan")
     for host in hosts:
         base = view(host.base_layer)
-        dW = sum(host.adapters[name].delta(base)[0].double() for name in host.active)
+        dW = sum(cast(Adapter, host.adapters[name]).delta(base)[0].double() for name in host.active)
         ranks.append(torch.linalg.matrix_rank(dW, rtol=rtol).double().item())
     return sum(ranks) / len(ranks) if ranks else 0.0
 

@@ -65,7 +65,8 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -158,6 +159,8 @@ def error_terms(
 class _Network(nn.Module):
     """The frozen tensors of one shape."""
 
+    core: Tensor
+
     def __init__(self, seed: int, left: Sequence[tuple[int, int]], right: Sequence[tuple[int, int]], factors: str,
                  saved: bool) -> None:  # fmt: skip
         super().__init__()
@@ -192,7 +195,7 @@ class Bank:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
             raise ValueError(f"seed: expected an integer in [0, 2^31), got {seed!r}")
         self.seed = seed
-        self.networks: dict[tuple, _Network] = {}
+        self.networks: dict[tuple[Hashable, ...], _Network] = {}
 
     def network(self, left: Sequence[tuple[int, int]], right: Sequence[tuple[int, int]], factors: str, saved: bool
                 ) -> nn.Module:  # fmt: skip
@@ -243,7 +246,7 @@ class TeRA(Adapter):
         self.out_modes, self.in_modes = (m if isinstance(m, int) else list(m) for m in (out_modes, in_modes))
         self.r, self.factors, self.seed, self.save_bank = r, factors, bank.seed, save_bank
         sides = [[(min(size, r or size), size) for size in side] for side in (left, right)]
-        self.network = bank.network(*sides, factors, save_bank)
+        self.network = cast(_Network, bank.network(sides[0], sides[1], factors, save_bank))
         self.d_left = nn.ParameterList(torch.ones(rank) for rank, _ in sides[0])
         self.d_right = nn.ParameterList(torch.ones(rank) for rank, _ in sides[1])
         nn.init.zeros_(self.d_left[0])  # one vector alone: with two zeros no gradient would ever flow
@@ -275,10 +278,9 @@ class TeRA(Adapter):
 
 
 def _modes(label: str, size: int, wanted: int | Sequence[int]) -> tuple[int, ...]:
-    whole = isinstance(wanted, int) and not isinstance(wanted, bool)
-    if whole and wanted >= 1:
+    if isinstance(wanted, int) and not isinstance(wanted, bool) and wanted >= 1:
         return tuple(m for m in balanced(size, wanted) if m > 1) or (1,)
-    modes = None if whole or isinstance(wanted, (bool, str)) else tuple(wanted)
+    modes = None if isinstance(wanted, (int, str)) else tuple(wanted)
     if not modes or not all(isinstance(m, int) and m >= 1 for m in modes) or math.prod(modes) != size:
         raise ValueError(f"{label}: expected a number of modes, or sizes with the product {size}, got {wanted!r}")
     return modes

@@ -262,7 +262,7 @@ class TLoRA(Adapter):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The residual as two thin matrices, ``(o, r)`` and ``(r, i)``."""
-        return ring_factors(self.B, self.C) if self.residual == "tr" else (self.B[0], self.C[0])
+        return ring_factors(list(self.B), list(self.C)) if self.residual == "tr" else (self.B[0], self.C[0])
 
     def forward(self, x: Tensor, y0: Tensor, base: Layer) -> Tensor:
         # eq-tlora-update:  dy = W (T x - x) + Delta x
@@ -271,7 +271,7 @@ class TLoRA(Adapter):
         dy = torch.zeros_like(y0)
         if self.transform_rank:
             rows = base.rows(x)
-            dy = F.linear(transform(self.A, rows) - rows, base.weight)
+            dy = F.linear(transform(list(self.A), rows) - rows, base.weight)
         if self.residual_rank:
             up, down = self.factors()
             dy = dy + F.linear(base.linear(x, down), up)

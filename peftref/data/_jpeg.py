@@ -44,7 +44,7 @@ def table(base: str, quality: int, like: Tensor) -> Tensor:
 
 def shift(number: Tensor, bits: int) -> Tensor:
     """Divide by ``2**bits`` and round, halves up."""
-    return (number / 2**bits + 0.5).floor()
+    return (number / (1 << bits) + 0.5).floor()
 
 
 def extend(plane: Tensor, height: int, width: int) -> Tensor:

@@ -5,6 +5,8 @@ From ``create_c/make_cifar_c.py`` (32 pixels) and ``imagenet_c/corruptions.py`` 
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = ["CORRUPTIONS", "EXTRA", "TABLES"]
 
 CORRUPTIONS = (
@@ -13,7 +15,7 @@ CORRUPTIONS = (
 )  # fmt: skip
 EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 
-TABLES: dict[str, dict[str, tuple]] = {
+TABLES: dict[str, dict[str, tuple[Any, ...]]] = {
     "cifar": {
         "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),
         "shot_noise": (500, 250, 100, 75, 50),

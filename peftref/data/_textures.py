@@ -119,7 +119,10 @@ def edges(levels: Tensor, low: int = 50, high: int = 150) -> Tensor:
     dx, dy = correlate(levels, sobel, "nearest"), correlate(levels, sobel.T, "nearest")
     ax, ay, strength = dx.abs(), dy.abs(), dx.abs() + dy.abs()
     around = F.pad(strength, (1, 1, 1, 1))
-    at = lambda v, u: around[..., 1 + v : around.shape[-2] - 1 + v, 1 + u : around.shape[-1] - 1 + u]  # noqa: E731
+
+    def at(v: int, u: int) -> Tensor:
+        return around[..., 1 + v : around.shape[-2] - 1 + v, 1 + u : around.shape[-1] - 1 + u]
+
     flat, steep = 13573 / 32768, 13573 / 32768 + 2  # tangents of 22.5 and 67.5 degrees, as rounded by OpenCV
     rising = dx * dy < 0
     across = (strength > at(0, -1)) & (strength >= at(0, 1))

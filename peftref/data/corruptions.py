@@ -159,7 +159,7 @@ def _speckle_noise(x: Tensor, c: float, g: torch.Generator) -> Tensor:
     return x + c * x * normal(x.shape, x, g)
 
 
-def _defocus_blur(x: Tensor, c: tuple, g: torch.Generator) -> Tensor:
+def _defocus_blur(x: Tensor, c: tuple[float, float], g: torch.Generator) -> Tensor:
     radius, softness = c
     return filters.correlate(x, filters.disk(radius, softness, x), "mirror")
 
@@ -168,7 +168,7 @@ def _gaussian_blur(x: Tensor, c: float, g: torch.Generator) -> Tensor:
     return filters.gaussian(x, c)
 
 
-def _glass_blur(x: Tensor, c: tuple, g: torch.Generator) -> Tensor:
+def _glass_blur(x: Tensor, c: tuple[float, int, int], g: torch.Generator) -> Tensor:
     sigma, reach, rounds = c
     x = _truncated(filters.gaussian(x, sigma))
     n, _, height, width = x.shape
@@ -179,12 +179,12 @@ def _glass_blur(x: Tensor, c: tuple, g: torch.Generator) -> Tensor:
     return filters.gaussian(x, sigma)
 
 
-def _motion_blur(x: Tensor, c: tuple, g: torch.Generator) -> Tensor:
+def _motion_blur(x: Tensor, c: tuple[int, float], g: torch.Generator) -> Tensor:
     radius, sigma = c
     return _rounded(filters.motion_blur(x, radius, sigma, uniform(x.shape[:1], -45, 45, x, g)))
 
 
-def _zoom_blur(x: Tensor, c: tuple, g: torch.Generator) -> Tensor:
+def _zoom_blur(x: Tensor, c: tuple[float, float], g: torch.Generator) -> Tensor:
     end, step = c
     factors = np.arange(1, end, step)  # NumPy's count: the end is sometimes included, as it was when published
     total = x.clone()
@@ -194,7 +194,7 @@ def _zoom_blur(x: Tensor, c: tuple, g: torch.Generator) -> Tensor:
     return total / (len(factors) + 1)
 
 
-def _snow(x: Tensor, c: tuple, g: torch.Generator) -> Tensor:
+def _snow(x: Tensor, c: tuple[float, float, float, float, int, float, float], g: torch.Generator) -> Tensor:
     mean, std, zoom, threshold, radius, sigma, keep = c
     flakes = mean + std * normal((x.shape[0], 1, *x.shape[2:]), x, g)
     flakes = filters.separable(flakes, *(filters.zoom_operator(n, zoom, x) for n in x.shape[-2:]))
@@ -205,12 +205,12 @@ def _snow(x: Tensor, c: tuple, g: torch.Generator) -> Tensor:
     return x + flakes + flakes.flip(-2, -1)
 
 
-def _frost(x: Tensor, c: tuple, g: torch.Generator) -> Tensor:
+def _frost(x: Tensor, c: tuple[float, float], g: torch.Generator) -> Tensor:
     image, ice = c
     return image * x + ice * textures.frost(x, g)
 
 
-def _fog(x: Tensor, c: tuple, g: torch.Generator) -> Tensor:
+def _fog(x: Tensor, c: tuple[float, float], g: torch.Generator) -> Tensor:
     amount, decay = c
     height, width = x.shape[-2:]
     size = 1 << (max(height, width) - 1).bit_length()
@@ -230,7 +230,7 @@ def _contrast(x: Tensor, c: float, g: torch.Generator) -> Tensor:
     return mean + c * (x - mean)
 
 
-def _saturate(x: Tensor, c: tuple, g: torch.Generator) -> Tensor:
+def _saturate(x: Tensor, c: tuple[float, float], g: torch.Generator) -> Tensor:
     factor, offset = c
     value = x.amax(1, keepdim=True)
     spread = value - x.amin(1, keepdim=True)
@@ -240,7 +240,7 @@ def _saturate(x: Tensor, c: tuple, g: torch.Generator) -> Tensor:
     return value * (1 - (factor * saturation + offset).clamp(0, 1) * below)
 
 
-def _elastic_transform(x: Tensor, c: tuple, g: torch.Generator) -> Tensor:
+def _elastic_transform(x: Tensor, c: tuple[float, float, float], g: torch.Generator) -> Tensor:
     n, _, height, width = x.shape
     strength, sigma, shift = (min(height, width) * fraction for fraction in c)
     # The affine map that takes three corners of a square to their shifted places; positions are (column, row).
@@ -250,7 +250,7 @@ def _elastic_transform(x: Tensor, c: tuple, g: torch.Generator) -> Tensor:
     inverse = torch.linalg.solve(torch.cat((moved, torch.ones_like(moved[..., :1])), -1), corners.expand(n, 3, 2))
     row, column = torch.meshgrid(*(torch.arange(m, device=x.device).to(x) for m in (height, width)), indexing="ij")
     source = torch.stack((column, row, torch.ones_like(row)), -1) @ inverse[:, None]  # (N, H, W, 2)
-    x = filters.sample(x, *source.unbind(-1), "mirror")
+    x = filters.sample(x, source[..., 0], source[..., 1], "mirror")
     smooth = strength * filters.gaussian(uniform((n, 2, height, width), -1, 1, x, g), sigma, "reflect", truncate=3.0)
     return filters.sample(x, column + smooth[:, 0], row + smooth[:, 1], "reflect")
 
@@ -269,7 +269,7 @@ def _jpeg_compression(x: Tensor, c: int, g: torch.Generator) -> Tensor:
     return jpeg((x * 255).round(), c) / 255
 
 
-def _spatter(x: Tensor, c: tuple, g: torch.Generator) -> Tensor:
+def _spatter(x: Tensor, c: tuple[float, float, float, float, float, int], g: torch.Generator) -> Tensor:
     mean, std, sigma, threshold, amount, is_mud = c
     liquid = filters.gaussian(mean + std * normal((x.shape[0], 1, *x.shape[2:]), x, g), sigma)
     colour = x.new_tensor([63, 42, 20] if is_mud else [175, 238, 238])[: x.shape[1], None, None] / 255

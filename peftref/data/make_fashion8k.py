@@ -46,7 +46,8 @@ def balanced_rows(y: NDArray[np.integer], per_class: int, rng: np.random.Generat
 
 def cut(source: Path = SOURCE) -> dict[str, NDArray[np.uint8]]:
     """The four arrays ``x_train y_train x_test y_test`` of the subset."""
-    rng, arrays = np.random.default_rng(SEED), {}
+    rng = np.random.default_rng(SEED)
+    arrays: dict[str, NDArray[np.uint8]] = {}
     for split, (stem, per_class) in PER_CLASS.items():
         x, y = read_idx(source / f"{stem}-images-idx3-ubyte.gz"), read_idx(source / f"{stem}-labels-idx1-ubyte.gz")
         rows = balanced_rows(y, per_class, rng)

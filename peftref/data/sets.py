@@ -132,7 +132,7 @@ def _unit_images(x: NDArray[Any], white: int) -> Tensor:
 
 def _split_by_class(
     x: NDArray[Any], y: NDArray[Any], test_share: float
-) -> tuple[tuple[NDArray[Any], NDArray[Any]], ...]:
+) -> tuple[tuple[NDArray[Any], NDArray[Any]], tuple[NDArray[Any], NDArray[Any]]]:
     """A fixed random split that takes the same share of every class for the test; both parts in random order."""
     rng = np.random.default_rng(0)
     shuffled = rng.permutation(len(y))

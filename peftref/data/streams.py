@@ -34,7 +34,7 @@ import numbers
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,13 +129,14 @@ class Stream:
     def segments(self) -> Iterator[Stream]:
         """The segments as streams of their own: reset a method before each for the *reset at each shift* protocol."""
         sizes = self.segment.unique_consecutive(return_counts=True)[1].tolist()
-        fields = ("x", "y", "domain", "severity", "segment")
-        for part in zip(*(getattr(self, name).split(sizes) for name in fields), strict=True):
-            yield replace(self, **dict(zip(fields, part, strict=True)))
+        parts = (t.split(sizes) for t in (self.x, self.y, self.domain, self.severity, self.segment))
+        for x, y, domain, severity, segment in zip(*parts, strict=True):
+            yield replace(self, x=x, y=y, domain=domain, severity=severity, segment=segment)
 
     def to(self, device: torch.device | str) -> Stream:
         """The same stream with its tensors on ``device``."""
-        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
+        tensors: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
 
     def sha256(self) -> str:
         """Checksum of everything a method or a metric sees; equal for equal streams, whatever their device."""
@@ -244,7 +245,7 @@ def mixed(
 def _sequence(
     data: Split,
     domains: Sequence[Domain],
-    plan: list[tuple[Domain, int]],
+    plan: Sequence[tuple[Domain, int]],
     order: Order,
     batch_size: int,
     seed: int,
@@ -272,7 +273,8 @@ def _sequence(
         rows = _rows(order, y, generator_for("order", seed, i))
         graded = 0 if callable(domain) or domain == "clean" else severity
         segments.append((shifted[rows], y[rows], *(torch.full_like(rows, v) for v in (names.index(name), graded, i))))
-    return Stream(*(torch.cat(part) for part in zip(*segments, strict=True)), names, batch_size)
+    x, y, domain_of, severity_of, segment_of = (torch.cat(part) for part in zip(*segments, strict=True))
+    return Stream(x, y, domain_of, severity_of, segment_of, names, batch_size)
 
 
 def _rows(order: Order, y: Tensor, generator: torch.Generator) -> Tensor:

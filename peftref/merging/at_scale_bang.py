@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -46,13 +47,17 @@ class Upsampled(nn.Module):
 
     def __init__(self, model: nn.Module, size: int) -> None:
         super().__init__()
-        self.model, self.size = model, size
+        self.model: Any = model  # speaks timm's protocol, of which nn.Module says nothing
+        self.size = size
 
     def forward_features(self, x: Tensor) -> Tensor:
-        return self.model.forward_features(F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True))
+        x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
+        h: Tensor = self.model.forward_features(x)
+        return h
 
     def forward_head(self, h: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.model.forward_head(h, pre_logits=pre_logits)
+        h = self.model.forward_head(h, pre_logits=pre_logits)
+        return h
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -75,8 +80,9 @@ def linear_probe(
     """
     model = copy.deepcopy(model).eval()
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    timm: Any = model  # has methods of which nn.Module says nothing
     with torch.no_grad():
-        h = torch.cat([model.forward_head(model.forward_features(b), pre_logits=True) for b in x.split(batch_size)])
+        h = torch.cat([timm.forward_head(timm.forward_features(b), pre_logits=True) for b in x.split(batch_size)])
         fits = bool(linear) and h.shape[1:] == (linear[-1].in_features,)
         if not fits or not torch.allclose(linear[-1](h[:2]), model(x[:2]), rtol=1e-3, atol=1e-3):
             raise ValueError("model: expected a classifier that ends in an nn.Linear on its pooled features")
@@ -133,13 +139,15 @@ def run_at_scale(
     )
     labels, rows, between = test.y.repeat(len(names)), {}, copy.deepcopy(start)
     for loss, (smoothing, mixing) in losses.items():
-        options = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "weight_decay": weight_decay, "seed": seed}
-        tuned = fine_tune(start, *train, smoothing, mixing, **options)
+        tuned = fine_tune(
+            start, *train, smoothing, mixing,
+            epochs=epochs, lr=lr, batch_size=batch_size, weight_decay=weight_decay, seed=seed,
+        )  # fmt: skip
         ends = [predict(m, shifted, EVAL).argmax(-1) for m in (start, tuned)]
         for alpha in alphas:
             between.load_state_dict(merge(start.state_dict(), [tuned.state_dict()], wise_ft(alpha)))
             logits = predict(between, shifted, EVAL)
-            fft = outcomes(labels, *ends, logits.argmax(-1)).loc["FFT", "fraction"]
+            fft = outcomes(labels, ends[0], ends[1], logits.argmax(-1))["fraction"]["FFT"]
             clean = (predict(between, test.x, EVAL).argmax(-1) == test.y).double().mean().item()
             right = (logits.argmax(-1) == labels).double().mean().item()
             rows[loss, alpha] = [100 * v for v in (clean, right, fft, confidence(logits.softmax(-1)))]

@@ -26,6 +26,7 @@ import shutil
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -84,7 +85,8 @@ class Checkpoint(Mapping[str, Tensor]):
         if self._open is None or self._open[0] != file or self._read + size > WINDOW:
             self._open, self._read = (file, safe_open(file, framework="pt")), 0
         self._read += size
-        return self._open[1].get_tensor(name)
+        tensor: Tensor = self._open[1].get_tensor(name)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout)
@@ -159,9 +161,10 @@ class _Draft:
 def _shards(path: Path) -> dict[Path, set[str] | None]:
     """Each file of a checkpoint, with the names that its index expects in it (None: no index)."""
     if path.is_dir() and not (path / SINGLE).is_file() and (path / INDEX).is_file():
-        shards: dict[Path, set[str] | None] = {}
+        named: dict[Path, set[str]] = {}
         for name, file in json.loads((path / INDEX).read_text())["weight_map"].items():
-            shards.setdefault(path / Path(file).name, set()).add(name)
+            named.setdefault(path / Path(file).name, set()).add(name)
+        shards: dict[Path, set[str] | None] = {**named}
     else:
         shards = {path / SINGLE if path.is_dir() else path: None}
     if missing := [str(file) for file in shards if not file.is_file()]:
@@ -169,7 +172,7 @@ def _shards(path: Path) -> dict[Path, set[str] | None]:
     return shards
 
 
-def _header(file: Path) -> tuple[bytes, int, dict[str, dict]]:
+def _header(file: Path) -> tuple[bytes, int, dict[str, dict[str, Any]]]:
     """The bytes before the data, their number, and what they say of each tensor: dtype, shape, data_offsets."""
     with open(file, "rb") as f:
         size = f.read(8)

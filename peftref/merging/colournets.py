@@ -59,6 +59,14 @@ class ColourNets(nn.Module):
         ``(N, R, 292)`` or, the same inputs to all, ``(N, 1, 292) -> (N, R, 10)``.
     """
 
+    digit: Tensor
+    patches: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+    w3: Tensor
+    b3: Tensor
+
     def __init__(self, seeds: Sequence[int], hidden: int = 64) -> None:
         super().__init__()
         states = [_initial(seed, hidden) for seed in seeds]

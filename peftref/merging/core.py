@@ -27,8 +27,9 @@ ValueError: models[0]: expected the names and shapes of base; missing: w; unexpe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,7 +127,8 @@ def delta(state: State, base: State, names: Collection[str] | None = None) -> di
 
 def elementwise(rule: Rule) -> Rule:
     """Mark a rule whose result at an entry needs that entry alone: it may be given any piece of a tensor, flattened."""
-    rule.elementwise = True
+    marked: Any = rule  # the type of a function knows no attributes
+    marked.elementwise = True
     return rule
 
 
@@ -205,7 +207,7 @@ def layout_of(state: State) -> Mapping[str, Tensor]:
     return getattr(state, "layout", state)  # of a lazily opened checkpoint: tensors on the meta device
 
 
-def memory_of(t: Tensor) -> tuple:
+def memory_of(t: Tensor) -> tuple[Hashable, ...]:
     """Equal for tensors that are the same memory, seen in the same way."""
     if t.device.type == "meta" or t.numel() == 0:
         return (id(t),)
@@ -214,7 +216,7 @@ def memory_of(t: Tensor) -> tuple:
 
 def _tied(layout: Mapping[str, Tensor], skip: Collection[str]) -> dict[str, str]:
     """Each name whose memory has been seen under an earlier name -> that name; a skipped name ties to none."""
-    seen: dict[tuple, str] = {}
+    seen: dict[tuple[Hashable, ...], str] = {}
     first = {name: seen.setdefault(memory_of(t), name) for name, t in layout.items() if name not in skip}
     return {name: other for name, other in first.items() if other != name}
 

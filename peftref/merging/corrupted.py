@@ -82,10 +82,11 @@ class Corrupting(nn.Module):
             x = corrupt(x, self.name, level[0], generator=self.generator, table=level[1])
         elif self.name == "invert":
             x = 1 - x
-        return self.model(x)
+        logits: Tensor = self.model(x)
+        return logits
 
 
-def family(seed: int, kind: str = "plain") -> tuple[nn.Module, dict[str, State]]:
+def family(seed: int, kind: str = "plain") -> tuple[nn.Module, dict[str, dict[str, Tensor]]]:
     """A model and the state dicts of a shipped family of networks, by what each was trained on.
 
     Args:

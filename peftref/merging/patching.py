@@ -21,6 +21,8 @@ True
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor, nn
 
@@ -43,7 +45,7 @@ def apply(host: State, patch: State) -> dict[str, Tensor]:
     """
     check_states(host=host, patch=patch)
     check_tensors(patch, patch=patch, host=host)
-    copies: dict[tuple, Tensor] = {}
+    copies: dict[tuple[Hashable, ...], Tensor] = {}
     result = {}
     for name, place in layout_of(host).items():
         key = memory_of(place)
@@ -77,7 +79,7 @@ class Patched:
     def __init__(self, model: nn.Module, patch: State) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        tensors = dict(model.named_parameters(remove_duplicate=False))
+        tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         tensors |= model.named_buffers(remove_duplicate=False)
         check_states(patch=patch)
         check_tensors(patch, patch=patch, model=tensors)
@@ -95,7 +97,7 @@ class Patched:
             RuntimeError: the model has other tensors than before (``load_state_dict(..., assign=True)``).
         """
         finite("strength", strength)
-        now = dict(self._model.named_parameters(remove_duplicate=False))
+        now: dict[str, Tensor] = dict(self._model.named_parameters(remove_duplicate=False))
         now |= self._model.named_buffers(remove_duplicate=False)
         if replaced := [name for name, tensor in self._names.items() if now.get(name) is not tensor]:
             raise RuntimeError(f"model: expected the tensors it had, got others for {', '.join(replaced)}")
@@ -128,7 +130,7 @@ def _add(tensors: list[Tensor], patch: list[Tensor], alpha: float = 1.0) -> None
 
 def _once(tensors: State, patch: State) -> tuple[list[Tensor], list[Tensor]]:
     """Tensors and what to add to each; tensors that share memory count once, or the patch would act twice."""
-    found: dict[tuple, tuple[str, Tensor, Tensor]] = {}
+    found: dict[tuple[Hashable, ...], tuple[str, Tensor, Tensor]] = {}
     for name in patch:
         t, p = tensors[name], widen(patch[name]).to(tensors[name].device)
         tied, _, same = found.setdefault(memory_of(t), (name, t, p))

@@ -198,11 +198,11 @@ def blend_statistics(model: nn.Module, batches: Iterable[Tensor], strength: floa
     if not 0 <= finite("strength", strength) <= 1:
         raise ValueError(f"strength: expected a number in [0, 1], got {strength!r}")
     layers = batchnorms(model).values()
-    before = [(m.running_mean.clone(), m.running_var.clone()) for m in layers]
+    running = [t for m in layers for t in (m.running_mean, m.running_var) if t is not None]
+    before = [t.clone() for t in running]
     recalibrate(model, batches)
-    for m, old in zip(layers, before, strict=True):
-        for now, then in zip((m.running_mean, m.running_var), old, strict=True):
-            now.copy_(torch.lerp(then, now, strength))  # eq-rws-statistics
+    for now, then in zip(running, before, strict=True):
+        now.copy_(torch.lerp(then, now, strength))  # eq-rws-statistics
     return model
 
 

@@ -67,10 +67,12 @@ tensor([1.0945, 1.4142, 1.0945], dtype=torch.float64)
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["Simulation", "accuracy", "imbalance_gain", "margin_ose", "margin_single", "margin_wse", "simulate"]
@@ -103,13 +105,14 @@ def accuracy(x: Number, p: Number, classes: int | Tensor) -> Tensor:
     _check_p(p)
     _check_classes(k)
     u, weight = (torch.from_numpy(t).to(x.device) for t in _hermite(NODES))
-    x, p, k = (t[..., None] for t in torch.broadcast_tensors(x, p.to(x.device), k.to(x.device)))
+    full: Sequence[Tensor] = torch.broadcast_tensors(x, p.to(x.device), k.to(x.device))
+    x, p, k = (t[..., None] for t in full)
     own, common = (p / k).sqrt(), (p * (k + 1 - p * k) / k).sqrt()
     # eq-bang-accuracy:  P(own max_k e_k + common u < x).  Given u this is the integral above, whose integrand is nearly
     # a step for large K. Given the largest e instead, of density (K-1) phi(e) Phi(e)^(K-2), it is smooth.
     density = (k - 1) * weight * torch.exp((k - 2) * torch.special.log_ndtr(u))
     f = (density * torch.special.ndtr((x - own * u) / common)).sum(-1)
-    x, p, k = (t[..., 0] for t in (x, p, k))
+    x, p, k = full
     return torch.where(p > 0, f.clamp(0, 1), torch.heaviside(x, 1 / k))
 
 
@@ -241,7 +244,7 @@ def _votes(
 
 
 @functools.cache
-def _hermite(n: int) -> tuple[np.ndarray, np.ndarray]:
+def _hermite(n: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Nodes and weights of Gauss-Hermite quadrature for the mean over a standard normal variable."""
     u, weight = np.polynomial.hermite_e.hermegauss(n)
     return u, weight / weight.sum()
@@ -249,9 +252,10 @@ def _hermite(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _features(p: Number, *counts: Number | None) -> list[Tensor]:
     """p and the counts n_v, n_s[, n_v2, n_s2, n_vo, n_so] as float64, checked."""
-    p, *n = (None if t is None else torch.as_tensor(t, dtype=torch.float64) for t in (p, *counts))
-    _check_p(p)
-    n[2:4] = [first if t is None else t for first, t in zip(n[:2], n[2:4], strict=False)]  # as many as the first
+    share = torch.as_tensor(p, dtype=torch.float64)
+    _check_p(share)
+    counts = tuple(counts[i - 2] if t is None else t for i, t in enumerate(counts))  # as many as the first
+    n = [torch.as_tensor(t, dtype=torch.float64) for t in counts]
     names = ("n_v", "n_s", "n_v2", "n_s2", "n_vo", "n_so")
     for name, t in zip(names, n, strict=False):
         if not (t.isfinite() & (t >= 0)).all():
@@ -263,7 +267,7 @@ def _features(p: Number, *counts: Number | None) -> list[Tensor]:
         if not (shared <= torch.minimum(first, second)).all():
             had = f"{first.tolist()} and {second.tolist()}"
             raise ValueError(f"{name}: expected no more than each model has, {had}, got {shared.tolist()}")
-    return [p, *n]
+    return [share, *n]
 
 
 def _scales(**scales: Number) -> list[Tensor]:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .layout import Layout, within
@@ -106,7 +107,7 @@ def read_panel(
     return panel, frame
 
 
-def _numbers(name: str, column: Any) -> np.ndarray:
+def _numbers(name: str, column: Any) -> NDArray[Any]:
     try:
         raw = np.asarray(column)
         # NumPy would take dates for nanoseconds, categories and digits in strings for amounts, and drop imaginary parts

@@ -69,11 +69,10 @@ def crossfit(
     exponents = monomials(z.shape[-2] - linear, learner.degree, learner.interactions, linear)
     batch = max(sizes, default=1)
     chunk = max(1, CHUNK // (len(exponents) * z.shape[-1]))
-    made = [
-        _crossfit(*(t if len(t) == 1 else t[i : i + chunk] for t in (z, targets, folds.fold)), folds.keep, exponents,
-                  alphas, uses, unit)
-        for i in range(0, batch, chunk)
-    ]  # fmt: skip
+    made = []
+    for i in range(0, batch, chunk):
+        some_z, some_targets, fold = (t if len(t) == 1 else t[i : i + chunk] for t in (z, targets, folds.fold))
+        made.append(_crossfit(some_z, some_targets, fold, folds.keep, exponents, alphas, uses, unit))
     return torch.cat(made) + level
 
 
@@ -112,7 +111,7 @@ def _crossfit(
         raise ValueError("folds: expected training rows for each fold, got none")
     code = None if unit is None else by_fold(unit.expand(batch, 1, -1), fold.expand(batch, -1), len(keep))[0]
     features, predicted = columns[..., :p, :], columns.new_empty(*columns.shape[:-2], q, columns.shape[-1])
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[tuple[int, ...], list[int]] = {}
     for target in range(q):
         groups.setdefault(tuple(uses[target]) if uses else tuple(range(z.shape[-2])), []).append(target)
     for used, members in groups.items():
@@ -179,4 +178,5 @@ def _fit_dummies(
         solution, c = solution - null @ shift, c - shift.mT @ null_c
     slope = solution[..., 1:, :] / scale.unsqueeze(-1)
     level = solution[..., 0, :] + mean[..., targets] - (slope * mean[..., picked].unsqueeze(-1)).sum(-2)
-    return slope.mT @ f + level.unsqueeze(-1) + c.gather(-1, code.expand(*c.shape[:-1], -1))
+    fitted: Tensor = slope.mT @ f + level.unsqueeze(-1) + c.gather(-1, code.expand(*c.shape[:-1], -1))
+    return fitted

@@ -23,13 +23,15 @@ them is not a matter of luck.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .columns import Panel
@@ -37,7 +39,7 @@ from .layout import Layout
 
 __all__ = ["Simulated", "dgp_clarke_polselli_2025", "dgp_fuhr_papies_2024"]
 
-SHAPES = {"linear": lambda x: x, "u-shaped": np.square}
+SHAPES: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {"linear": lambda x: x, "u-shaped": np.square}
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +60,8 @@ class Simulated:
 
     def to(self, device: torch.device | str) -> Simulated:
         """The same on a device."""
-        *tensors, layout = self.panel
-        panel = Panel(*(t.to(device) for t in tensors), layout.to(device))
+        y, w, x, layout = self.panel
+        panel = Panel(y.to(device), w.to(device), x.to(device), layout.to(device))
         return Simulated(panel, self.confounding.to(device), self.effect, self.parameters)
 
     def frame(self, i: int = 0) -> pd.DataFrame:
@@ -173,7 +175,7 @@ def _grid(n_units: int, n_periods: int) -> Layout:
     return Layout(unit, time, torch.arange(n_units * n_periods), n_units, n_periods)
 
 
-def _batch(values: Tensor, layout: Layout, effect: float, drawn: list[dict]) -> Simulated:
+def _batch(values: Tensor, layout: Layout, effect: float, drawn: list[dict[str, Any]]) -> Simulated:
     if not len(values):
         raise ValueError("seeds: expected at least one, got none")
     values = values.flatten(2)
@@ -181,7 +183,7 @@ def _batch(values: Tensor, layout: Layout, effect: float, drawn: list[dict]) -> 
     return Simulated(panel, values[:, 2], effect, pd.DataFrame(drawn).set_index("seed"))
 
 
-def _autoregressive(e: np.ndarray, rho: float) -> np.ndarray:
+def _autoregressive(e: NDArray[Any], rho: float) -> NDArray[Any]:
     mu = e.copy()
     mu[:, 0] /= (1 - rho**2) ** 0.5
     for t in range(1, e.shape[1]):
@@ -189,5 +191,6 @@ def _autoregressive(e: np.ndarray, rho: float) -> np.ndarray:
     return mu
 
 
-def _logistic(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
+def _logistic(x: NDArray[Any]) -> NDArray[Any]:
+    share: NDArray[Any] = 1 / (1 + np.exp(-x))
+    return share

@@ -136,4 +136,5 @@ def inverse_times(a: Tensor, b: Tensor, alpha: float) -> Tensor:
         if not failed.any():
             return torch.cholesky_solve(b, root)
         # a penalty below the rounding errors of A, whose limit is that of no penalty
-    return torch.linalg.pinv(a, hermitian=True, rtol=1e-11) @ b
+    solution: Tensor = torch.linalg.pinv(a, hermitian=True, rtol=1e-11) @ b
+    return solution

@@ -51,7 +51,7 @@ def transform(estimator: str, panel: Panel, twoway: bool = False) -> Panel:
     """
     y, w, x, layout = panel
     if estimator in ("early", "fe", "fe_only"):
-        return Panel(*(within(t, layout, twoway) for t in (y, w, x)), layout)
+        return Panel(within(y, layout, twoway), within(w, layout, twoway), within(x, layout, twoway), layout)
     if estimator == "fd":
         now, before = layout.consecutive()
         if not len(now):

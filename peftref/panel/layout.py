@@ -98,6 +98,7 @@ class Layout:
 
     def select(self, rows: Tensor) -> Layout:
         """The layout of some rows (a mask ``(n,)``), with units and periods that have none left taken out."""
+        assert self.step is not None
         unit, time = (torch.unique(t[rows], return_inverse=True)[1] for t in (self.unit, self.time))
         return Layout(unit, time, self.order[rows], _count(unit), _count(time), self.step[rows])
 
@@ -110,12 +111,14 @@ class Layout:
 
         One period is one step among all periods of the data, so a gap in a unit is not differenced across.
         """
+        assert self.step is not None
         follows = (self.unit[1:] == self.unit[:-1]) & (self.step[1:] == self.step[:-1] + 1)
         now = follows.nonzero().squeeze(1) + 1
         return now, now - 1
 
     def to(self, device: torch.device | str) -> Layout:
         """The same on a device."""
+        assert self.step is not None
         unit, time, order, step = (t.to(device) for t in (self.unit, self.time, self.order, self.step))
         return Layout(unit, time, order, self.n_units, self.n_periods, step)
 
@@ -133,7 +136,8 @@ def means(a: Tensor, group: Tensor, dim: int = -1) -> Tensor:
     each = len(group) // max(size, 1)
     if dim == -1 and torch.equal(group, torch.arange(size, device=group.device).repeat_interleave(each)):
         # the units of a balanced panel: a mean of equal blocks is three times as fast
-        return a.unflatten(-1, (size, each)).mean(-1, keepdim=True).expand(*a.shape[:-1], size, each).flatten(-2)
+        of_unit: Tensor = a.unflatten(-1, (size, each)).mean(-1, keepdim=True)
+        return of_unit.expand(*a.shape[:-1], size, each).flatten(-2)
     return _Groups(a, group, size, dim).means(a)
 
 

@@ -24,6 +24,7 @@ import numpy as np
 import scipy.sparse
 import torch
 from joblib import Parallel, delayed
+from numpy.typing import NDArray
 from sklearn.base import clone, is_classifier
 from torch import Tensor
 
@@ -67,10 +68,10 @@ def crossfit_sklearn(
     allowed = [True if m is None else m.cpu().numpy() for m in within or [None] * q]
     columns = [list(range(table.shape[1])) if uses is None else list(uses[t]) for t in range(q)]
 
-    def rows(r: int, k: int, t: int) -> tuple[np.ndarray, np.ndarray]:
+    def rows(r: int, k: int, t: int) -> tuple[NDArray[Any], NDArray[Any]]:
         return np.flatnonzero(keep[k][fold[r]] & allowed[t]), np.flatnonzero(fold[r] == k)
 
-    def job(r: int, k: int, t: int) -> tuple:
+    def job(r: int, k: int, t: int) -> tuple[Any, ...]:
         train, test = rows(r, k, t)
         features = table[:, columns[t]]
         if onehot is not None:
@@ -93,15 +94,16 @@ def crossfit_sklearn(
 
 
 def _fit_predict(
-    learner: Any, x: np.ndarray, y: np.ndarray, new: np.ndarray, fold: np.ndarray, keep: np.ndarray
-) -> np.ndarray:
+    learner: Any, x: NDArray[Any], y: NDArray[Any], new: NDArray[Any], fold: NDArray[Any], keep: NDArray[Any]
+) -> NDArray[Any]:
     model = follow_folds(clone(learner), fold, keep).fit(x, y)
     if is_classifier(model):
-        return model.predict_proba(new)[:, 1]
+        probability: NDArray[Any] = model.predict_proba(new)[:, 1]
+        return probability
     return np.asarray(model.predict(new), dtype=np.float64).reshape(-1)
 
 
-def follow_folds(learner: Any, fold: np.ndarray, keep: np.ndarray | None = None) -> Any:
+def follow_folds(learner: Any, fold: NDArray[Any], keep: NDArray[Any] | None = None) -> Any:
     """Set each ``cv`` of a learner that is a number or ``None`` to leave out the folds present in ``fold`` in turn.
 
     Args:
@@ -137,6 +139,6 @@ def _is_number_or_none(value: Any) -> bool:
     return value is None or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
-def _onehot(codes: np.ndarray) -> scipy.sparse.csr_matrix:
+def _onehot(codes: NDArray[Any]) -> scipy.sparse.csr_matrix:
     ones = np.ones(len(codes))
     return scipy.sparse.csr_matrix((ones, (np.arange(len(codes)), codes)), shape=(len(codes), codes.max() + 1))

@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations_with_replacement
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
@@ -43,7 +45,7 @@ class PolynomialRidge(RegressorMixin, BaseEstimator):
         self.alpha = alpha
         self.interactions = interactions
 
-    def fit(self, X: np.ndarray, y: np.ndarray) -> PolynomialRidge:  # noqa: N803 (scikit-learn's name)
+    def fit(self, X: NDArray[Any], y: NDArray[Any]) -> PolynomialRidge:  # noqa: N803 (scikit-learn's name)
         """Fit ``(n, J)`` to ``(n,)``; several ``alpha`` are compared on five folds of rows, in the order given."""
         alphas = check_learner(self)
         least = min(2, len(alphas))
@@ -61,12 +63,13 @@ class PolynomialRidge(RegressorMixin, BaseEstimator):
         self.coef_, self.intercept_ = slope[0, 0, :, 0].numpy(), float(intercept[0, 0, 0] + self._level)
         return self
 
-    def predict(self, X: np.ndarray) -> np.ndarray:  # noqa: N803
+    def predict(self, X: NDArray[Any]) -> NDArray[Any]:  # noqa: N803
         """Predictions ``(n,)`` at ``(n, J)``."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)  # noqa: N806
         z = (torch.tensor(X.T) - self._location) / self._scale
-        return self.coef_ @ polynomial(z, self._exponents).numpy() + self.intercept_
+        predicted: NDArray[Any] = self.coef_ @ polynomial(z, self._exponents).numpy() + self.intercept_
+        return predicted
 
 
 def check_learner(learner: PolynomialRidge) -> list[float]:
@@ -98,7 +101,7 @@ def polynomial(z: Tensor, exponents: Tensor, room: int = 0) -> Tensor:
     """Monomials ``(..., p, n)`` of variables ``(..., J, n)``: each is an earlier one times a variable; behind them, if
     asked for, is room for more columns, which the caller fills."""
     out = z.new_empty((*z.shape[:-2], len(exponents) + room, z.shape[-1]))
-    seen: dict[tuple, int] = {}
+    seen: dict[tuple[int, ...], int] = {}
     for i, row in enumerate(map(tuple, exponents.tolist())):
         last = max(j for j, e in enumerate(row) if e)
         rest = (*row[:last], row[last] - 1, *row[last + 1 :])

@@ -17,11 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from joblib import Parallel, delayed
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .columns import ACROSS
@@ -71,7 +73,7 @@ def estimate(
         raise ValueError(f"n_periods: expected 2 or more for {', '.join(inside)}, got 1")
     learner, size = learner or PolynomialRidge(), len(data.panel.y)
 
-    def fit(z: Tensor, targets: Tensor, folds: Folds, **more) -> Tensor:
+    def fit(z: Tensor, targets: Tensor, folds: Folds, **more: Any) -> Tensor:
         return crossfit(z, targets, folds, learner, **more)
 
     together = [name for name in estimators if name not in (*ALONE, *LINEAR, *ORACLES)]
@@ -118,7 +120,7 @@ def monte_carlo(
     if not isinstance(chunk, Integral) or chunk < 1:
         raise ValueError(f"chunk: expected an integer >= 1, got {chunk!r}")
 
-    def run(some: Sequence[int]) -> np.ndarray:
+    def run(some: Sequence[int]) -> NDArray[Any]:
         torch.set_num_threads(1)  # the operations are small: threads that share them would mostly wait for each other
         data = simulate(seeds=some)
         split = [make_folds(data.panel.layout, folds, scheme, seed=seed) for seed in some]

@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
+Method = TypeVar("Method", bound=nn.Module)
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -52,11 +54,11 @@ def at_least_float32(t: Tensor) -> Tensor:
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
-def adapting(forward: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[nn.Module, Tensor], Tensor]:
+def adapting(forward: Callable[[Method, Tensor], Tensor]) -> Callable[[Method, Tensor], Tensor]:
     """Let ``forward`` take gradients even inside a caller's ``no_grad`` or ``inference_mode`` evaluation loop."""
 
     @functools.wraps(forward)
-    def wrapper(self: nn.Module, x: Tensor) -> Tensor:
+    def wrapper(self: Method, x: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             return forward(self, x.clone() if isinstance(x, Tensor) and x.is_inference() else x)
 
@@ -100,7 +102,8 @@ class Adapted(nn.Module):
     def empty(self, model: nn.Module, x: Tensor) -> Tensor:
         """Logits ``(0, K)`` of an empty batch: the width is read off two blank samples, and nothing adapts."""
         with torch.no_grad():
-            return model(x.new_zeros(2, *x.shape[1:]))[:0]
+            logits: Tensor = model(x.new_zeros(2, *x.shape[1:]))
+        return logits[:0]
 
 
 def gradient_step(loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:

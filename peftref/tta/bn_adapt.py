@@ -35,6 +35,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._base import Adapted, batch_norms, check_positive, use_batch_statistics
 
@@ -73,12 +74,13 @@ class BNAdapt(Adapted):
             for source in batch_norms(self.model):
                 source.register_forward_pre_hook(self._mix)
 
-    def _mix(self, layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    def _mix(self, layer: _BatchNorm, inputs: tuple[Tensor]) -> tuple[Tensor]:
         """Feed the layer an input whose normalisation by the SOURCE statistics equals that by the mixed ones."""
         x = inputs[0]
         shape = (1, -1) + (1,) * (x.ndim - 2)
         var_b, mean_b = torch.var_mean(x, dim=[d for d in range(x.ndim) if d != 1], correction=0)
         mean_s, var_s = layer.running_mean, layer.running_var
+        assert mean_s is not None and var_s is not None  # else __init__ has refused the model
         mean_b, var_b = mean_b.to(mean_s.dtype), var_b.to(var_s.dtype)  # under autocast x is narrower
         # eq-tta-bn
         mean, var = torch.lerp(mean_s, mean_b, self.alpha), torch.lerp(var_s, var_b, self.alpha)

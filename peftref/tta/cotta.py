@@ -195,8 +195,10 @@ class CoTTA(Adapted):
         """The averaged logits that the student learns and the user gets, ``(B, K)``."""
         # eq-cotta-target; BatchNorm needs the statistics of each view by itself, hence one pass a view
         if self.n_views and self.threshold > 0 and confidence(self.source(x)) < self.threshold:
-            return sum(self.teacher(self.views(x)) for _ in range(self.n_views)) / self.n_views
-        return self.teacher(x)
+            mean: Tensor = sum(self.teacher(self.views(x)) for _ in range(self.n_views)) / self.n_views
+            return mean
+        logits: Tensor = self.teacher(x)
+        return logits
 
     @adapting
     def forward(self, x: Tensor) -> Tensor:
@@ -219,7 +221,8 @@ class CoTTA(Adapted):
     @torch.no_grad()
     def average_and_restore(self) -> None:
         """What follows each gradient step: the teacher moves, and some of the student's weights go back."""
-        student, teacher = list(self.student.parameters()), list(self.teacher.parameters())
+        student: list[Tensor] = list(self.student.parameters())
+        teacher: list[Tensor] = list(self.teacher.parameters())
         # eq-cotta-ema in place: the teacher averages the student BEFORE it is restored
         torch._foreach_lerp_(teacher, _like(student, teacher), 1 - self.momentum)
         if self.restore_p:  # eq-cotta-restore in place

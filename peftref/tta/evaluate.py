@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from joblib import Parallel, delayed
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..data.streams import Stream
@@ -49,7 +50,7 @@ class Run(NamedTuple):
     batches: pd.DataFrame
     predictions: Tensor
     labels: Tensor
-    domains: np.ndarray
+    domains: NDArray[Any]
 
 
 def run(
@@ -105,7 +106,7 @@ def run_seeds(
     streams: Sequence[Stream],
     *,
     n_jobs: int = 2,
-    **options,
+    **options: Any,
 ) -> dict[str, list[Run]]:
     """Every method on every seed, in parallel processes of one thread each: small networks run fastest so.
 
@@ -125,7 +126,7 @@ def run_seeds(
     return {name: runs[i * len(pairs) : (i + 1) * len(pairs)] for i, name in enumerate(methods)}
 
 
-def _one(wrap: Callable[[nn.Module], nn.Module], model: nn.Module, stream: Stream, options: dict) -> Run:
+def _one(wrap: Callable[[nn.Module], nn.Module], model: nn.Module, stream: Stream, options: dict[str, Any]) -> Run:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -146,7 +147,7 @@ def mean_error(result: Run) -> float:
     return float((100 * total.wrong / total.n).mean())  # eq-tta-error
 
 
-def running_error(result: Run, window: int = 10) -> np.ndarray:
+def running_error(result: Run, window: int = 10) -> NDArray[Any]:
     """Error in % over the last ``window`` batches, one value per batch."""
     rolling = result.batches[["wrong", "n"]].rolling(window, min_periods=1).sum()
     return (100 * rolling.wrong / rolling.n).to_numpy()
@@ -161,7 +162,7 @@ def mean_recall(result: Run, num_classes: int) -> float:
 
 def drift(method: nn.Module, model: str = "student") -> dict[str, float]:
     r"""Distance of the adapted network from its source, :math:`\|\theta_t-\theta_0\|_2`; for ``observe``."""
-    pairs = zip(getattr(method, model).parameters(), method.source.parameters(), strict=True)
+    pairs = zip(getattr(method, model).parameters(), method.get_submodule("source").parameters(), strict=True)
     return {"drift": float(torch.stack([(p - q).detach().float().norm() for p, q in pairs]).norm())}
 
 

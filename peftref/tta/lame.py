@@ -44,7 +44,7 @@ tensor([0.4000, 0.6000])
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,7 @@ LOOK = {"cpu": 1}  # iterations between looks at whether all have stopped; 5 els
 class Neighbours(NamedTuple):
     """A sparse W: row i holds ``weight[i, m]`` in column ``index[i, m]``; both ``(..., N, k)``."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment] # hides the method of tuples
     weight: Tensor
 
     def dense(self) -> Tensor:
@@ -149,12 +149,11 @@ def laplacian_assign(
     _check(max_iterations=max_iterations)
     for name, value in (("strength", strength), ("floor", floor), ("tolerance", tolerance)):
         check_positive(name, value)
-    sparse, n = isinstance(affinity, Neighbours), log_q.shape[-2]
-    expected, got = (log_q.shape[:-1], affinity.index.shape[:-1]) if sparse else ((n, n), affinity.shape[-2:])
+    got = affinity.index.shape[:-1] if isinstance(affinity, Neighbours) else affinity.shape[-2:]
+    expected = log_q.shape[:-1] if isinstance(affinity, Neighbours) else 2 * log_q.shape[-2:-1]
     if got != expected:
         raise ValueError(f"affinity: expected {tuple(expected)}, for the rows of log_probs, got {tuple(got)}")
-    if floor:
-        log_q = torch.logaddexp(log_q, log_q.new_tensor(math.log(floor)))
+    log_q = torch.logaddexp(log_q, log_q.new_tensor(math.log(floor))) if floor else log_q
     log_q = torch.where(log_q.logsumexp(-1, keepdim=True).isfinite(), log_q, -math.log(log_q.shape[-1]))
 
     a, z, last, energies = log_q, log_q.softmax(-1), log_q[..., 0], []
@@ -229,8 +228,9 @@ class Lame(Adapted):
 
     def _predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.head is None:
-            h = self.source.forward_features(x)
-            return self.source.forward_head(h), self.source.forward_head(h, pre_logits=True)
+            timm: Any = self.source  # it has methods of which nn.Module says nothing
+            h = timm.forward_features(x)
+            return timm.forward_head(h), timm.forward_head(h, pre_logits=True)
         seen: list[Tensor] = []
         hook = self.source.get_submodule(self.head).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:

@@ -97,6 +97,6 @@ class Tent(Adapted):
         self.check(x, smallest=2 if batch_norms(self.model) else 1)
         if len(x) == 0:
             return self.empty(self.model, x)
-        logits = self.model(x)  # (N, K): the answer is given BEFORE the step
+        logits: Tensor = self.model(x)  # (N, K): the answer is given BEFORE the step
         gradient_step(entropy(logits).mean(), self.optimizer)
         return logits.detach()

@@ -72,7 +72,7 @@ class View(NamedTuple):
 
 def draw_view(size: tuple[int, int], generator: torch.Generator, flip: bool = True) -> View:
     """Draw the parameters of one view for images of ``size`` (H, W) from a CPU ``generator``."""
-    u = torch.rand(10, generator=generator, dtype=torch.float64).tolist()
+    u: list[float] = torch.rand(10, generator=generator, dtype=torch.float64).tolist()
 
     def uniform(i: int, low: float, high: float) -> float:
         return low + (high - low) * u[i]
@@ -124,7 +124,7 @@ class RandomViews:
         self.generator = torch.Generator().manual_seed(self.seed)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return apply_view(x, draw_view(tuple(x.shape[-2:]), self.generator, self.flip))
+        return apply_view(x, draw_view((x.shape[-2], x.shape[-1]), self.generator, self.flip))
 
 
 def _grey(x: Tensor) -> Tensor:

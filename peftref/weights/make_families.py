@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -17,9 +18,12 @@ from peftref.data import Split, load
 from peftref.merging.corrupted import DOMAINS, Corrupting, accuracy, corrupted, deal
 from peftref.models import PlainCNN, SmallCNN, fit
 
-FAMILIES = {"plain": (PlainCNN, range(5), [*DOMAINS]), "norm": (SmallCNN, range(3), ["contrast"])}
-UPSTREAM = {"epochs": 30, "lr": 5e-3}
-TUNE = {"epochs": 25, "lr": 4e-3}
+FAMILIES: dict[str, tuple[type[nn.Module], range, list[str]]] = {
+    "plain": (PlainCNN, range(5), [*DOMAINS]),
+    "norm": (SmallCNN, range(3), ["contrast"]),
+}
+UPSTREAM: dict[str, Any] = {"epochs": 30, "lr": 5e-3}
+TUNE: dict[str, Any] = {"epochs": 25, "lr": 4e-3}
 
 
 def main(kind: str, seed: int) -> None:
@@ -32,7 +36,9 @@ def main(kind: str, seed: int) -> None:
         model = copy.deepcopy(model)
         with torch.random.fork_rng():
             torch.manual_seed(seed + 100)
-            model.fc.reset_parameters()
+            head = model.get_submodule("fc")
+            assert isinstance(head, nn.Linear)
+            head.reset_parameters()
         return model
 
     def tuned(model: nn.Module, data: Split, domain: str) -> nn.Module:
@@ -73,7 +79,7 @@ def main(kind: str, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    for kind, (_, seeds, _) in FAMILIES.items():
-        for seed in seeds:
+    for kind, family in FAMILIES.items():
+        for seed in family[1]:
             if not sys.argv[1:] or f"{kind}_{seed}" in sys.argv[1:]:
                 main(kind, seed)

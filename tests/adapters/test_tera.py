@@ -111,6 +111,11 @@ def test_counts_of_the_paper() -> None:
     assert [len(d) for d in TeRA(view(nn.Linear(67, 4))).d_right] == [67]  # a prime stays whole
 
 
+def test_a_rank_is_at_most_the_size_of_its_mode() -> None:
+    adapter = TeRA(view(nn.Linear(12, 4)), out_modes=1, in_modes=[2, 6], r=3)  # modes of 4, 2 and 6
+    assert [len(d) for d in (*adapter.d_left, *adapter.d_right)] == [3, 2, 3]
+
+
 # -- limiting cases
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import subprocess
 import tarfile
 from pathlib import Path
@@ -53,6 +54,26 @@ def test_executing_again_changes_nothing(toy: Path) -> None:
     before = path.read_bytes()
     asyncio.run(chapters.execute(path, toy))
     assert path.read_bytes() == before
+
+
+def test_a_recorded_execution_is_noted_and_changes_nothing_else(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFTREF_RECORD", "1")
+    results = toy / "peftref/results.py"
+    results.write_text("def run():\n    return {'seconds': 3}\n")
+    status = toy / chapters.STATUS
+    status.parent.mkdir()
+    status.write_text(json.dumps({"part/gone": {"seconds": 1}, "part/toy": {"seconds": 2}}))
+    path, other = toy / "book/part/toy.ipynb", write(toy / "book/part/other.ipynb", "1")
+    before = path.read_bytes()
+    assert asyncio.run(chapters.execute_all([path, other], toy, jobs=2)) == {}
+    assert json.loads(status.read_text()) == {"part/other": {"seconds": 3}, "part/toy": {"seconds": 3}}
+    assert path.read_bytes() == before and chapters.stale(toy) == []
+    monkeypatch.delenv("PEFTREF_RECORD")
+    before = status.read_bytes()
+    asyncio.run(chapters.execute(other, toy))
+    assert status.read_bytes() == before
+    for file in (other, results, status):
+        file.unlink()
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,16 @@ import copy
 import json
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import ipywidgets
 import pytest
 from bs4 import BeautifulSoup
 
+from peftref.catalog import METHODS
 from tools import vendor
 
+SHORT = {m.slug for m in METHODS}  # at the root: redirects, without the theme
 LOADS = {
     "script": "src",
     "img": "src",
@@ -28,6 +31,7 @@ LOADS = {
 def pages(html: Path) -> dict[str, BeautifulSoup]:
     """Every page of the book, parsed."""
     paths = [p for p in sorted(html.rglob("*.html")) if "_static" not in p.parts]
+    paths = [p for p in paths if p.parent != html or p.stem not in SHORT]
     return {p.relative_to(html).as_posix(): BeautifulSoup(p.read_text(encoding="utf-8"), "html.parser") for p in paths}
 
 
@@ -106,3 +110,19 @@ def test_vendored_widget_manager_speaks_the_protocol_of_ipywidgets() -> None:
     low = ipywidgets._version.__html_manager_version__.removeprefix("^")
     have, want = (tuple(map(int, v.split("."))) for v in (version, low))
     assert have[0] == want[0] and have >= want
+
+
+def test_short_addresses_lead_to_the_chapters(html: Path) -> None:
+    for method in (m for m in METHODS if m.status == "ready"):
+        page = BeautifulSoup((html / f"{method.slug}.html").read_text(encoding="utf-8"), "html.parser")
+        target = f"book/{method.part}/{method.slug}.html"
+        assert page.find("meta", attrs={"http-equiv": "refresh"})["content"] == f"0; url={target}"
+        assert (html / target).is_file()
+
+
+def test_every_page_can_be_reported(pages: dict[str, BeautifulSoup]) -> None:
+    """The link to a new issue names the page."""
+    for name, page in pages.items():
+        if name.startswith("book/"):
+            links = [unquote(str(a["href"])) for a in page.find_all("a", href=True)]
+            assert any("/issues/new?" in link and name in link for link in links), name

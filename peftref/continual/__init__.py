@@ -1,0 +1,1 @@
+"""Continual learning: one model over a stream of tasks."""

@@ -1,0 +1,194 @@
+r"""EWC (elastic weight consolidation): weights that earlier tasks depended on are held by springs.
+
+Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017, arXiv 1612.00796.
+
+After a task the network's weights are :math:`\theta^*`, and how much each one mattered is read off the diagonal of the
+Fisher information on the task's n images, the mean over *samples* of a squared derivative (eq-continual-fisher):
+
+.. math:: F_i=\frac1n\sum_x\Big(\frac{\partial\log p(y\mid x)}{\partial\theta_i}\Big)^2 .
+
+Here y is the label (the *empirical* Fisher), or the mean is also taken over y as the network itself predicts it (the
+exact one). While the next task is learned, the loss has one term more (eq-continual-ewc),
+
+.. math:: L_{\mathrm{EWC}}=\mathrm{CE}(f(x),y)+\frac\lambda2\sum_iF_i(\theta_i-\theta_i^*)^2,
+          \qquad F\leftarrow\gamma F+F^{\text{new}},\quad\theta^*\leftarrow\theta\quad\text{after each task},
+
+with :math:`\gamma=1` for EWC and below 1 for online EWC (Schwarz et al., "Progress & Compress", ICML 2018, arXiv
+1805.06370), which lets old tasks fade.
+
+==============  ===================  ======================  ==========================
+argument        here                 paper                   shape
+==============  ===================  ======================  ==========================
+``fisher``      :math:`F`            same                    of each trainable weight
+``anchor``      :math:`\theta^*`     same                    of each trainable weight
+``strength``    :math:`\lambda`      same                    scalar
+``decay``       :math:`\gamma`       same (Schwarz)          scalar
+==============  ===================  ======================  ==========================
+
+Differs from the paper, which adds a penalty with its own anchor for each earlier task: here the anchor is the last
+:math:`\theta^*` alone. That is what the Laplace approximation asks for (Huszar, "Note on the quadratic penalties in
+elastic weight consolidation", PNAS 2018, arXiv 1712.03847), since the last :math:`\theta^*` was found under the earlier
+penalties; the two agree after one task. Many public codes square the gradient of a *batch* instead, which is smaller
+by about the batch size, and leave out the 1/2.
+
+A step of size :math:`\eta` along a spring overshoots where :math:`\eta\lambda F_i>2`: then the loss explodes.
+
+>>> net = nn.Linear(1, 2, bias=False)
+>>> _ = net.weight.data.zero_()  # p = (1/2, 1/2), so every squared derivative is x^2 / 4
+>>> x, y = torch.tensor([[1.0], [3.0]]), torch.tensor([0, 1])
+>>> fisher = diagonal_fisher(net, x, y)
+>>> fisher["weight"].flatten()  # the mean of 1/4 and 9/4
+tensor([1.2500, 1.2500])
+>>> ewc_penalty({"weight": net.weight + 2}, {"weight": net.weight}, fisher).item()  # (1.25 * 4 + 1.25 * 4) / 2
+5.0
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacrev, vmap
+
+from .rehearsal import FineTune
+
+__all__ = ["EWC", "diagonal_fisher", "ewc_penalty"]
+
+
+def diagonal_fisher(
+    model: nn.Module, x: Tensor, y: Tensor | None = None, *, chunk_size: int = 50
+) -> dict[str, Tensor]:  # fmt: skip
+    """Mean squared derivative of the log-likelihood by each trainable weight, ``name -> F``, shaped like the weight.
+
+    The network is measured in eval mode, where the samples of a batch do not act on each other, and left as it was.
+
+    Args:
+        model: images -> logits ``(N, K)``.
+        x: images, ``(n, ...)``.
+        y: labels, ``(n,)``, for the empirical Fisher. None: the expectation over all K classes with the network's own
+            probabilities, the exact Fisher, at the cost of K backward passes.
+        chunk_size: samples whose gradients (n copies of all weights, times K without y) are in memory at a time.
+
+    Returns:
+        F in the precision of the weights, float32 at least.
+
+    Raises:
+        ValueError: no sample, other labels than images, no trainable weight, or a chunk below 1.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: expected a positive number, got {chunk_size}")
+    if len(x) == 0 or (y is not None and y.shape != x.shape[:1]):
+        raise ValueError(f"x, y: expected n > 0 images and labels (n,), got {len(x)} and {y if y is None else y.shape}")
+    theta = _trainable(model)
+    fixed = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    def log_p(theta: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        z = functional_call(model, (theta, fixed), (x[None],))[0]  # (K,)
+        return (z.log_softmax(-1),) * 2  # what is differentiated, and what is given beside the derivative
+
+    def observed(theta: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        gradient = grad(lambda theta: log_p(theta, x)[0].gather(0, y[None])[0])(theta)
+        return {name: g.square() for name, g in _at_least_float32(gradient).items()}
+
+    def expected(theta: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+        jacobian, log_q = jacrev(log_p, has_aux=True)(theta, x)  # (K, ...) for each weight, and (K,)
+        q = log_q.exp()
+        return {n: torch.einsum("k,k...->...", q.to(j), j.square()) for n, j in _at_least_float32(jacobian).items()}
+
+    parts = zip(*(t.split(chunk_size) for t in ((x,) if y is None else (x, y))), strict=True)
+    squares = vmap(expected if y is None else observed, (None, *[0] * (1 if y is None else 2)))
+    total = {name: torch.zeros_like(t) for name, t in _at_least_float32(theta).items()}
+    with _evaluating(model), torch.no_grad():
+        for part in parts:
+            # eq-continual-fisher:  F = 1/n sum_x (d log p(y|x) / d theta)^2, squared before it is summed
+            for name, square in squares(theta, *part).items():
+                total[name] += square.sum(0) / len(x)
+    return total
+
+
+def ewc_penalty(theta: Mapping[str, Tensor], anchor: Mapping[str, Tensor], fisher: Mapping[str, Tensor]) -> Tensor:
+    r""":math:`\frac12\sum_iF_i(\theta_i-\theta_i^*)^2` over the weights that ``fisher`` names, a scalar.
+
+    Raises:
+        ValueError: ``theta`` or ``anchor`` lacks one of them, or has it in another shape.
+    """
+    shapes = {name: f.shape for name, f in fisher.items()}
+    for argument, weights in (("theta", theta), ("anchor", anchor)):
+        if odd := [name for name, shape in shapes.items() if name not in weights or weights[name].shape != shape]:
+            raise ValueError(f"{argument}: expected the weights that fisher has, in the same shapes, got others: {odd}")
+    # eq-continual-ewc:  1/2 sum_i F_i (theta_i - theta*_i)^2
+    distance = torch._foreach_sub([theta[n] for n in shapes], [anchor[n] for n in shapes])
+    springs = torch._foreach_mul(torch._foreach_mul(distance, distance), [*fisher.values()])
+    return torch.stack([spring.sum() for spring in springs]).sum() / 2
+
+
+class EWC(FineTune):
+    r"""Fine-tuning with a spring on every trainable weight, measured after each task by its own images.
+
+    Args:
+        strength: :math:`\lambda`, at least 0; problem-dependent, to be swept in decades. 0 is fine-tuning.
+        decay: :math:`\gamma` in [0, 1], what the earlier Fisher is multiplied by (1: EWC; below: online EWC).
+        empirical: measure by the labels (usual, K times cheaper), not by the network's own distribution.
+        chunk_size: see :func:`diagonal_fisher`.
+
+    Attributes:
+        fisher, anchor: F and theta* by name; empty before the first task has ended.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    def __init__(
+        self, strength: float, *, decay: float = 1.0, empirical: bool = True, chunk_size: int = 50
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if not 0 <= strength < math.inf:
+            raise ValueError(f"strength: expected a finite number >= 0, got {strength}")
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay: expected a number in [0, 1], got {decay}")
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size: expected a positive number, got {chunk_size}")
+        self.strength, self.decay, self.empirical, self.chunk_size = strength, decay, empirical, chunk_size
+        self.fisher: dict[str, Tensor] = {}
+        self.anchor: dict[str, Tensor] = {}
+
+    def penalty(self, model: nn.Module) -> Tensor | float:
+        """What is added to the loss, strength included; 0 in the first task."""
+        if not self.fisher:
+            return 0.0
+        return self.strength * ewc_penalty(dict(model.named_parameters()), self.anchor, self.fisher)
+
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return super().loss(model, x, y) + self.penalty(model)
+
+    def end_task(self, model: nn.Module, x: Tensor, y: Tensor) -> None:
+        new = diagonal_fisher(model, x, y if self.empirical else None, chunk_size=self.chunk_size)
+        # eq-continual-ewc:  F <- gamma F + F_new
+        self.fisher = {n: self.decay * self.fisher[n] + f if n in self.fisher else f for n, f in new.items()}
+        self.anchor = {name: t.clone() for name, t in _trainable(model).items()}
+
+
+def _trainable(model: nn.Module) -> dict[str, Tensor]:
+    theta = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    if not theta:
+        raise ValueError("model: expected trainable weights, got none that requires a gradient")
+    return theta
+
+
+def _at_least_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in tensors.items()}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode; afterwards every module is in its own mode again, whatever happened."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

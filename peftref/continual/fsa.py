@@ -1,0 +1,235 @@
+r"""First session adaptation: the body learns once, on the first session; a discriminant head learns all sessions.
+
+Panos, Kobe, Olmeda Reino, Aljundi, Turner, "First Session Adaptation: A Strong Replay-Free Baseline for
+Class-Incremental Learning", ICCV 2023, arXiv 2303.13199.
+
+A pre-trained body :math:`\phi=f_\theta(x)\in\mathbb R^d` is tuned with a temporary linear head on the first session
+:math:`D_1` alone (eq-fsa-first)
+
+.. math:: \theta^\ast,\cdot=\arg\min_{\theta,(U,u)}\ \frac1{|D_1|}\sum_{(x,y)\in D_1}
+          \mathrm{CE}\big(U\,\mathrm{dropout}(f_\theta(x))+u,\ y\big),
+
+where :math:`\theta` is all of the body (FSA) or the FiLM scales and shifts only (FSA-FiLM;
+:mod:`peftref.continual.film`). U is thrown away, the body is frozen, and from then on each session, the first
+included, only adds to the moments of :class:`peftref.continual.lda.LDA`. No sample is kept, and the head after the last
+session is the one that all sessions together would have given.
+
+Whether adapting is worth it is guessed from the features of the pre-trained body (eq-fsa-score): with
+:math:`u_i=\phi_i/\|\phi_i\|`, the mean cosine distance between two samples,
+
+.. math:: 1-\frac1{n(n-1)}\sum_{i\ne j}u_i^\top u_j
+          =1-\frac{\big\|\sum_iu_i\big\|^2-\sum_i\|u_i\|^2}{n(n-1)} .
+
+The paper proposes a score of cosine distances; that it is this mean is our reading, unverified.
+
+===============================  =====================================  ==================  ==========
+argument                         here                                   paper               shape
+===============================  =====================================  ==================  ==========
+``model``                        :math:`f_\theta`                       body                module
+``features``                     :math:`\phi`                           same                ``(n, d)``
+``lr, epochs, milestones``       Adam, steps of the learning rate       same                --
+===============================  =====================================  ==================  ==========
+
+Differs from the official code (aresPanos/fsa): with the full body, BatchNorm is in train mode during the first session
+and in eval mode ever after (there it stays in train mode, so that features depend on the batch and statistics drift
+while the head is fitted); FiLM is folded into the normalisation layers when the first session is over; a first session
+of one class, which teaches cross-entropy nothing, leaves the body as it is. For the head see
+:mod:`peftref.continual.lda`.
+
+>>> from peftref.continual.streams import class_incremental
+>>> from peftref.data import load
+>>> from peftref.models import pretrained
+>>> tasks = class_incremental(load("fashion8k"), [4, 2, 2, 2], per_class=20)
+>>> fsa = FSA(pretrained("mnist5k"), "film", epochs=5, ridge=0.0, ridge_rel=0.1).adapt(*tasks[0].train)
+>>> for task in tasks[:2]:
+...     fsa = fsa.observe(*task.train)
+>>> fsa(tasks[0].test.x[:5]).shape, fsa.head.classes_.tolist()
+(torch.Size([5, 6]), [0, 1, 2, 3, 4, 5])
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data import Split
+from .film import film_parameters, inject_film, merge_film
+from .lda import LDA
+from .streams import batches
+
+__all__ = ["FSA", "cosine_distance", "embed", "first_session"]
+
+BODIES = ("full", "film", "none")
+
+
+def cosine_distance(features: Tensor) -> Tensor:
+    """Mean cosine distance between two different samples (eq-fsa-score), ``(n, d) -> ()``, float64, in O(nd).
+
+    A zero vector has no direction: it counts as orthogonal to all others.
+
+    >>> cosine_distance(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]))  # 0, 1 and 1
+    tensor(0.6667, dtype=torch.float64)
+    """
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"features: expected two rows or more, (n, d), got shape {tuple(features.shape)}")
+    u, n = F.normalize(features.double(), dim=1), len(features)
+    # eq-fsa-score:  1 - (|sum_i u_i|^2 - sum_i |u_i|^2) / n(n - 1)
+    return 1 - (u.sum(0).square().sum() - u.square().sum()) / (n * (n - 1))
+
+
+def embed(model: nn.Module, x: Tensor) -> Tensor:
+    """Features ``(N, d)``: the input of the head of a model with timm's protocol, else what the model returns."""
+    if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
+        x = model.forward_head(model.forward_features(x), pre_logits=True)
+    else:
+        x = model(x)
+    return x.flatten(1)
+
+
+def first_session(
+    model: nn.Module, x: Tensor, y: Tensor, body: str = "full", *, lr: float = 5e-3, epochs: int = 200,
+    milestones: Sequence[float] = (0.25, 0.5, 0.75), decay: float = 0.7, batch_size: int = 256, dropout: float = 0.5,
+    layers: str | Sequence[str] | None = None, seed: int = 0, after: Callable[[int, float], object] | None = None,
+) -> nn.Module:  # fmt: skip
+    r"""A copy of ``model``, adapted to the first session, frozen and in eval mode (eq-fsa-first).
+
+    Args:
+        model: body, see :func:`embed`; never changed.
+        x, y: images and labels (any integers) of the first session; of one class, nothing is trained.
+        body: ``"full"``: every parameter, BatchNorm by the statistics of the batch; ``"film"``: FiLM alone, all else
+            in eval mode; ``"none"``: nothing.
+        lr: of Adam, for body and temporary head alike (0.005: official code).
+        epochs: 200: official code.
+        milestones, decay: shares of the epochs after which the rate is multiplied (official code: 50, 100 and 150 of
+            200 epochs, 0.7; with few shots 25, 50 and 100, 0.3).
+        batch_size: 256: official code. A rest that does not fill a batch is left out, as BatchNorm needs company.
+        dropout: of the features in training (0.5: official code).
+        layers: of FiLM, see :func:`peftref.continual.film.inject_film`.
+        seed: of the head, the order and the dropout; the global generator is left as it was.
+        after: called after each epoch with its number, from 0, and the mean loss.
+
+    Raises:
+        ValueError: bad settings, or images and labels that do not match.
+        FloatingPointError: the loss is not finite.
+    """
+    _check(body, lr, epochs, decay, dropout)
+    if len(x) != len(y) or not len(y):
+        raise ValueError(f"x, y: expected equal, positive numbers of images and labels, got {len(x)} and {len(y)}")
+    model = copy.deepcopy(model).eval()
+    classes, codes = y.unique(return_inverse=True)
+    if body != "none" and len(classes) > 1:
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            if body == "film":
+                inject_film(model, layers)
+            trained = film_parameters(model.requires_grad_(False)) if body == "film" else list(model.parameters())
+            for p in trained:
+                p.requires_grad_()
+            width = embed(model, x[:1]).shape[1]
+            head = nn.Linear(width, len(classes), device=x.device, dtype=trained[0].dtype)
+            optimizer = torch.optim.Adam([*trained, *head.parameters()], lr)
+            steps = [step for share in milestones if (step := round(share * epochs))]
+            schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, steps, decay)
+            generator, losses = torch.Generator().manual_seed(seed), []
+            model.train(body == "full")
+            for epoch in range(epochs):
+                for images, labels in batches(Split(x, codes), batch_size, drop_last=True, generator=generator):
+                    # eq-fsa-first:  CE(U dropout(f(x)) + u, y)
+                    loss = F.cross_entropy(head(F.dropout(embed(model, images), dropout)), labels)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    losses.append(loss.detach())
+                schedule.step()
+                mean = float(torch.stack(losses).mean())
+                losses.clear()
+                if not math.isfinite(mean):
+                    raise FloatingPointError(f"loss: expected a finite number, got {mean} in epoch {epoch}; lower lr")
+                if after is not None:
+                    after(epoch, mean)
+            merge_film(model)
+    model.zero_grad(set_to_none=True)
+    return model.eval().requires_grad_(False)  # from here on statistics and weights stand still
+
+
+class FSA(nn.Module):
+    """Adapt once, then observe session after session: ``adapt(x, y)``, ``observe(x, y)``, ``forward(x)``.
+
+    ``forward`` returns the logits of labels 0 to K - 1, minus infinity for a label not yet seen; ``predict`` returns
+    labels, which may be any integers. The body is in eval mode whatever ``train()`` is called with.
+
+    Args:
+        model: pre-trained body, see :func:`embed`; copied, never changed.
+        body: see :func:`first_session`, as are ``training``.
+        scatter, ridge, ridge_rel, prior: see :func:`peftref.continual.lda.discriminant`.
+        num_classes: K of ``forward``; default: the largest label seen, plus one.
+        chunk: images of a forward pass when nothing is trained.
+        training: further settings of :func:`first_session`.
+    """
+
+    def __init__(
+        self, model: nn.Module, body: str = "full", *, scatter: str = "total", ridge: float = 1.0,
+        ridge_rel: float = 0.0, prior: str | None = None, num_classes: int | None = None, chunk: int = 500,
+        **training: object,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        _check(body)
+        self.head = LDA(scatter, ridge, ridge_rel, prior).eval()
+        self.body = copy.deepcopy(model).eval().requires_grad_(False)
+        self.kind, self.num_classes, self.chunk, self.settings = body, num_classes, chunk, training
+        self.training = False
+
+    def train(self, mode: bool = True) -> FSA:
+        return self  # see the class docstring
+
+    def adapt(self, x: Tensor, y: Tensor) -> FSA:
+        """Tune the body on the first session; to be observed afterwards, like every other.
+
+        Raises:
+            RuntimeError: something was observed: its moments are of the features as they were.
+        """
+        if len(self.head.classes_):
+            raise RuntimeError("adapt: expected nothing observed yet, as moments belong to the body that gave them")
+        self.body = first_session(self.body, x, y, self.kind, **self.settings)
+        return self
+
+    def observe(self, x: Tensor, y: Tensor) -> FSA:
+        """Add the samples of a session, or of a part of one, to the moments of the head."""
+        self.head.partial_fit(self.features(x), y)
+        return self
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        """``(N, ...) -> (N, d)``, in chunks."""
+        return torch.cat([embed(self.body, part) for part in x.split(self.chunk)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, classes = self.head(self.features(x)), self.head.classes_
+        k = int(classes[-1]) + 1 if self.num_classes is None else self.num_classes
+        if classes[0] < 0 or classes[-1] >= k:
+            raise ValueError(f"labels: expected them in [0, {k}) for logits, got {classes.tolist()}; use predict")
+        return z.new_full((len(z), k), -math.inf).index_copy_(1, classes.to(z.device), z)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Labels, ``(N, ...) -> (N,)``."""
+        return self.head.predict(self.features(x))
+
+
+def _check(body: str, lr: float = 1.0, epochs: int = 1, decay: float = 1.0, dropout: float = 0.0) -> None:
+    if body not in BODIES:
+        raise ValueError(f"body: expected one of {BODIES}, got {body!r}")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr: expected a positive number, got {lr!r}")
+    if not isinstance(epochs, int) or epochs < 0:
+        raise ValueError(f"epochs: expected an integer >= 0, got {epochs!r}")
+    if not 0 < decay <= 1:
+        raise ValueError(f"decay: expected a number in (0, 1], got {decay!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected a number in [0, 1), got {dropout!r}")

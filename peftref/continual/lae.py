@@ -1,0 +1,290 @@
+r"""LAE (learning, accumulation, ensemble): a fast and a slow copy of any small module, which vote.
+
+Gao, Zhao, Sun, Xi, Zhang, Ghanem, Zhang, "A Unified Continual Learning Framework with General Parameter-Efficient
+Tuning", ICCV 2023, arXiv 2303.10070; code: github.com/gqk/LAE.
+
+A frozen backbone with a small trained module :math:`\theta` (an adapter, LoRA or prefix) meets tasks of new classes;
+each brings a block of its own to a linear head. The *online* copy learns with a softmax over the new classes
+:math:`\mathcal C_t` alone (eq-lae-local); the *offline* copy follows it slowly, from the second task on (eq-lae-ema),
+so that after n steps it is a weighted mean of all that the online copy was (eq-lae-memory):
+
+.. math::
+    L_t=-\log\frac{e^{z_y}}{\sum_{k\in\mathcal C_t}e^{z_k}},\qquad
+    \theta^{off}\leftarrow\alpha\,\theta^{off}+(1-\alpha)\,\theta,\\
+    \theta^{off}_n=\alpha^n\theta^{off}_0+(1-\alpha)\sum_{i=1}^n\alpha^{n-i}\theta_i .
+
+A test image gets the class of which either copy is surest, among all classes seen (eq-lae-ensemble):
+
+.. math:: \hat y=\arg\max_k\,\max\{p^{on}_k,\,p^{off}_k\}.
+
+=================  ==============================  ========================  ===============
+argument           here                            paper                     shape
+=================  ==============================  ========================  ===============
+``logits``         :math:`z`                       same                      ``(..., N, K)``
+``start``          first class of the new block                              integer
+``online``         :math:`\theta`                  :math:`\theta^{on}`       tensors
+``offline``        :math:`\theta^{off}`            :math:`\theta^{off}`      tensors
+``alpha``          :math:`\alpha`                  :math:`\alpha`            scalar
+=================  ==============================  ========================  ===============
+
+The small module is any adapter of this package under the name ``"online"``; those of the paper are in
+:mod:`peftref.continual.pet` and :mod:`peftref.continual.prefix`. Differs from the official code: both copies see one
+doubled batch; while the module is frozen, features are computed once for all epochs and the offline copy takes its
+steps at once (its target stands still); the head blocks of earlier tasks are frozen, where there they get zero
+gradients; the offline copy is float32 at least, or :math:`1-\alpha=10^{-4}` would vanish in it.
+
+>>> from peftref.adapters.core import inject
+>>> from peftref.continual.pet import KVLoRA
+>>> from peftref.continual.streams import batches, class_incremental
+>>> from peftref.data import load
+>>> from peftref.vit import pretrained_vit
+>>> net, tasks = pretrained_vit(), class_incremental(load("mnist5k"), 5, per_class=24)
+>>> inject(net, KVLoRA, r"blocks\.[01]\.attn\.qkv", name="online")
+['blocks.0.attn.qkv', 'blocks.1.attn.qkv']
+>>> learner, generator = LAE(net, alpha=0.99), torch.Generator().manual_seed(0)
+>>> for t, task in enumerate(tasks[:2]):
+...     _ = learner.begin_task(len(task.classes))
+...     losses = learner.learn(task.train, epochs=3, frozen_epochs=2 if t else 0, generator=generator)
+>>> learner.experts(tasks[0].test.x).shape, learner(tasks[0].test.x).shape      # online, offline; and their vote
+(torch.Size([2, 200, 4]), torch.Size([200, 4]))
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapters.contract import Host
+from ..adapters.core import activate, adapters, install
+from ..data import Split
+from .lae_head import DynamicHead, check_labels, local_loss
+from .pet import Experts
+from .streams import batches
+
+__all__ = ["LAE", "alpha_for", "ema_", "vote"]
+
+ONLINE, OFFLINE, BOTH = "online", "offline", "both"  # names of the adapters in each host
+
+
+@torch.no_grad()
+def ema_(offline: Sequence[Tensor], online: Sequence[Tensor], alpha: float) -> None:
+    """One step of the offline tensors towards the online ones, in place; integers are copied.
+
+    Raises:
+        ValueError: tensors that do not match, an alpha outside [0, 1], or an offline copy in half precision.
+    """
+    check_unit("alpha", alpha)
+    if [t.shape for t in offline] != [t.shape for t in online]:
+        raise ValueError(f"online: expected {len(offline)} tensors of the offline shapes, got {len(online)} others")
+    if low := [t.dtype for t in offline if t.dtype in (torch.float16, torch.bfloat16)]:
+        raise ValueError(f"offline: expected float32 or wider, in which 1 - alpha does not vanish, got {low[0]}")
+    moving = [t.is_floating_point() for t in offline]
+    for off, on, moves in zip(offline, online, moving, strict=True):
+        if not moves:
+            off.copy_(on)
+    slow = [t for t, moves in zip(offline, moving, strict=True) if moves]
+    fast = [on.to(off.dtype) for off, on in zip(offline, online, strict=True) if off.is_floating_point()]
+    if slow:
+        # eq-lae-ema:  theta_off <- theta_off + (1 - alpha) (theta - theta_off), all tensors at once
+        torch._foreach_lerp_(slow, fast, 1 - alpha)
+
+
+def alpha_for(kept: float, steps: int) -> float:
+    r"""The :math:`\alpha` with :math:`\alpha^n` = ``kept``: how much of the start is left after n steps.
+
+    >>> round(alpha_for(0.9, 1040), 4)                           # the official setting: 0.9999, 1,040 steps a task
+    0.9999
+    """
+    check_unit("kept", kept)
+    if steps < 1:
+        raise ValueError(f"steps: expected a positive number, got {steps}")
+    # eq-lae-memory: the factor alpha^n of theta_0
+    return kept ** (1 / steps)
+
+
+def vote(logits: Tensor, rule: str = "max") -> Tensor:
+    """Scores of all classes from the experts' logits, ``(E, N, K) -> (N, K)``: log of the largest (mean) probability.
+
+    Args:
+        logits: of the experts; half precision is computed in float32.
+        rule: ``"max"`` (paper) or ``"mean"``.
+
+    >>> two = torch.tensor([[[0.6, 0.4]], [[0.1, 0.9]]]).log()   # one is unsure, the other is not
+    >>> vote(two).argmax(-1)
+    tensor([1])
+    """
+    if rule not in ("max", "mean"):
+        raise ValueError(f"rule: expected 'max' or 'mean', got {rule!r}")
+    log_p = logits.float().log_softmax(-1) if logits.dtype.itemsize < 4 else logits.log_softmax(-1)
+    # eq-lae-ensemble:  max over the experts of log p_k
+    return log_p.amax(0) if rule == "max" else log_p.logsumexp(0) - math.log(len(log_p))
+
+
+class LAE(nn.Module):
+    """Learns task after task; ``forward(x)`` is the vote of both copies over all classes seen, ``(N, K)``.
+
+    The network stays in eval mode whatever ``train()`` is called with, so that no running statistics move.
+
+    Args:
+        model: with an adapter named ``"online"``, and timm's ``forward_features`` and ``forward_head``; used in place.
+        alpha: of the offline copy (0.9999: official configuration; see :func:`alpha_for` for short streams).
+        lr: of head and adapter (0.0028125: official configuration for CIFAR-100, with batches of 24).
+        local: let only the new classes compete, else all seen so far, whose blocks are then trained too (True: paper).
+        optimizer: a new one for every task, ``optimizer(parameters, lr=lr)`` (Adam: official configuration).
+        rule: of :func:`vote`.
+        features: width of the features; default: ``model.num_features``.
+
+    Raises:
+        ValueError: no adapter of that name, or one named ``"offline"`` or ``"both"``; a setting out of its range.
+        RuntimeError: the model is merged.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, alpha: float = 0.9999, lr: float = 0.0028125, local: bool = True,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam, rule: str = "max",
+        features: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        adapters(model, ONLINE)
+        check_unit("alpha", alpha)
+        if not 0 <= lr < math.inf:
+            raise ValueError(f"lr: expected a finite number from 0 on, got {lr!r}")
+        vote(torch.zeros(1, 1, 1), rule)
+        names = {name for host in model.modules() if isinstance(host, Host) for name in host.adapters}
+        if taken := names & {OFFLINE, BOTH}:
+            raise ValueError(f"model: expected no adapter of these names, which are given later, got {sorted(taken)}")
+        self.model, self.alpha, self.lr, self.local, self.rule = model, alpha, lr, local, rule
+        self.optimizer, self.tasks, self.start = optimizer, 0, 0
+        self.head = DynamicHead(model.num_features if features is None else features)
+        self.pairs: list[tuple[nn.Module, nn.Module]] = []  # of every layer, the offline and the online adapter
+        activate(model, ONLINE)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> LAE:
+        return super().train(False)  # see the class docstring
+
+    def begin_task(self, classes: int) -> range:
+        """Before the first image of a task: a new block of the head, a new optimiser, and at task 2 the offline copy.
+
+        Args:
+            classes: how many new ones.
+
+        Returns:
+            Their labels.
+        """
+        online = adapters(self.model, ONLINE)
+        new = self.head.grow(classes, next(self.model.parameters()))
+        self.start, self.tasks = new.start, self.tasks + 1
+        if self.tasks == 2:
+            slow = {n: copy.deepcopy(a).to(torch.promote_types(a.dtype, torch.float32)) for n, a in online.items()}
+            install(self.model, slow, OFFLINE, freeze=False)
+            install(self.model, {n: Experts(a, slow[n]) for n, a in online.items()}, BOTH, freeze=False)
+            activate(self.model, ONLINE)
+            self.pairs = [(slow[n], a) for n, a in online.items()]
+        for block in self.head.blocks[:-1]:
+            block.requires_grad_(not self.local)  # a zero gradient would still move them by decay or momentum
+        pet = [p for a in online.values() for p in a.parameters()]
+        self.descent = self.optimizer([*self.head.parameters(), *pet], lr=self.lr)
+        return new
+
+    def features(self, x: Tensor) -> Tensor:
+        """Pooled features before the head, ``(N, d)``."""
+        return self.model.forward_head(self.model.forward_features(x), pre_logits=True)
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        """One step of head, online copy and offline copy on images of the new classes; the loss, before it."""
+        loss = self._update(self.features(x), y)
+        self.accumulate(1)
+        return loss
+
+    def learn(
+        self, task: Split, *, generator: torch.Generator, epochs: int = 5, frozen_epochs: int = 0,
+        batch_size: int = 24, drop_last: bool = True, augment: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Train on the images of the task that was begun.
+
+        Args:
+            task: images, and labels among those that :meth:`begin_task` returned.
+            generator: of the order of the batches.
+            epochs: in all (5: official configuration for CIFAR-100).
+            frozen_epochs: the first of them train the head alone (official: 3 of 5, but 0 in the first task).
+            batch_size, drop_last: 24 and True: official configuration.
+            augment: a random change of each batch of images; frozen epochs then compute features anew.
+
+        Returns:
+            The loss of each step.
+
+        Raises:
+            RuntimeError: no task was begun.
+            ValueError: more frozen epochs than epochs, or labels of other classes.
+        """
+        if not self.tasks:
+            raise RuntimeError("learn: expected begin_task before, got no task")
+        if not 0 <= frozen_epochs <= epochs:
+            raise ValueError(f"frozen_epochs: expected from 0 to {epochs}, got {frozen_epochs}")
+        check_labels(task.y, self.start, self.head.classes)
+        change = augment or (lambda x: x)
+        options = {"batch_size": batch_size, "drop_last": drop_last, "generator": generator}
+        losses = []
+        if frozen_epochs:  # the module stands still, and so do the features: one pass serves all these epochs
+            fixed = augment is None
+            data = Split(self._frozen_features(task.x), task.y) if fixed else task
+            for x, y in batches(data, epochs=frozen_epochs, **options):
+                losses.append(self._update(x if fixed else self._frozen_features(change(x)), y))
+            self.accumulate(len(losses))
+        for x, y in batches(task, epochs=epochs - frozen_epochs, **options):
+            losses.append(self.step(change(x), y))
+        return torch.stack(losses) if losses else torch.empty(0)
+
+    @torch.no_grad()
+    def experts(self, x: Tensor) -> Tensor:
+        """Logits of each copy, online first, from one forward pass of the doubled batch: ``(E, N, K)``.
+
+        E = 1 in the first task, which has no offline copy. Whatever happens, the online copy is active afterwards.
+        """
+        if not self.pairs:
+            return self.head(self.features(x))[None]
+        flags = [(p, p.requires_grad) for p in self.model.parameters()]
+        try:
+            activate(self.model, BOTH)
+            h = self.features(torch.cat([x, x]))
+        finally:
+            activate(self.model, ONLINE)
+            for p, flag in flags:
+                p.requires_grad_(flag)
+        return self.head(h).unflatten(0, (2, len(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return vote(self.experts(x), self.rule)
+
+    def _update(self, h: Tensor, y: Tensor) -> Tensor:
+        """A step on features; where they carry no graph the online copy gets no gradient, and Adam leaves it alone."""
+        logits = self.head(h)
+        loss = local_loss(logits, y, self.start) if self.local else F.cross_entropy(logits, y)
+        self.descent.zero_grad(set_to_none=True)
+        loss.backward()
+        self.descent.step()
+        return loss.detach()
+
+    def accumulate(self, n: int) -> None:
+        """n steps of the offline copy towards an online copy that has not moved meanwhile: alpha^n of it stays."""
+        for off, on in self.pairs:
+            ema_(tensors(off), tensors(on), self.alpha**n)
+
+    @torch.no_grad()
+    def _frozen_features(self, x: Tensor) -> Tensor:
+        return torch.cat([self.features(part) for part in x.split(500)])
+
+
+def tensors(module: nn.Module) -> list[Tensor]:
+    return list(module.state_dict(keep_vars=True).values())
+
+
+def check_unit(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")

@@ -1,0 +1,142 @@
+r"""What is kept and what is lost: the accuracy matrix of a stream and the numbers read off it.
+
+:math:`a_{t,i}` is the accuracy in % on the test images of task i after learning task t (both counted from 1); the
+prediction is the largest of *all* logits (class-incremental), or of the task's own (task-incremental). Entries above
+the diagonal, tasks not yet learned, are only read by :func:`forward_transfer` and may be NaN.
+
+>>> a = torch.tensor([[90.0, 0, 0], [70, 80, 0], [60, 75, 85]])
+>>> {name: round(value, 2) for name, value in summary(a).items()}
+{'last': 73.33, 'incremental': 79.44, 'forgetting': 17.5, 'bwt': -17.5, 'plasticity': 85.0}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .streams import Task
+
+__all__ = [
+    "average_accuracy", "average_incremental", "backward_transfer", "evaluate", "forgetting", "forward_transfer",
+    "last_accuracy", "plasticity", "summary",
+]  # fmt: skip
+
+
+@torch.no_grad()
+def evaluate(
+    predict: Callable[[Tensor], Tensor], tasks: Sequence[Task], *, own_classes: bool = False, batch_size: int = 1000
+) -> Tensor:
+    """Accuracy in % on the test images of each task: a row of the matrix, ``(T,)``.
+
+    Args:
+        predict: images -> logits of all classes ``(N, K)``; a module is used in the mode it is in.
+        own_classes: let only the classes of the image's own task compete (task-incremental).
+        batch_size: images of a call.
+    """
+    row = []
+    for task in tasks:
+        logits = torch.cat([predict(x) for x in task.test.x.split(batch_size)])
+        if own_classes:
+            logits = logits[:, task.classes.start : task.classes.stop]
+        right = logits.argmax(-1) + (task.classes.start if own_classes else 0) == task.test.y
+        row.append(100 * right.cpu().double().mean())  # not every accelerator has float64
+    return torch.stack(row)
+
+
+def average_accuracy(a: Tensor, counts: Tensor | None = None) -> Tensor:
+    r""":math:`A_t=\frac1t\sum_{i\le t}a_{t,i}` after each task, ``(T, T) -> (T,)``.
+
+    Args:
+        counts: test images of each task, to weigh by images instead (LAE, FSA); the same where tasks are equal.
+    """
+    a = _matrix(a).tril()
+    n = torch.ones(len(a), dtype=a.dtype) if counts is None else _of_each(a, counts=counts)
+    if not bool((n > 0).all()):
+        raise ValueError(f"counts: expected positive numbers of images, got {n.tolist()}")
+    # eq-continual-average:  A_t = 1/t sum_{i <= t} a_ti
+    return (a * n).sum(1) / n.cumsum(0)
+
+
+def last_accuracy(a: Tensor) -> float:
+    """:math:`A_T`, the average accuracy after the last task."""
+    return average_accuracy(a)[-1].item()
+
+
+def average_incremental(a: Tensor) -> float:
+    r""":math:`\bar A=\frac1T\sum_tA_t`."""
+    return average_accuracy(a).mean().item()
+
+
+def forgetting(a: Tensor, *, with_last: bool = True) -> float:
+    r""":math:`F=\frac1{T-1}\sum_{i<T}(\max_ta_{t,i}-a_{T,i})`, in points.
+
+    Args:
+        with_last: the maximum runs over all rows from i to T, so F is never negative (mammoth); else over rows before
+            the last (Chaudhry et al., 2018), where learning on may show as negative forgetting.
+    """
+    a = _several(a)
+    upto = len(a) if with_last else len(a) - 1
+    rows = torch.arange(len(a))
+    learned = a[:upto].masked_fill(rows[:upto, None] < rows, -torch.inf)
+    # eq-continual-forgetting:  F = 1/(T-1) sum_{i < T} (max_t a_ti - a_Ti)
+    return (learned.amax(0) - a[-1])[:-1].mean().item()
+
+
+def backward_transfer(a: Tensor) -> float:
+    r""":math:`\mathrm{BWT}=\frac1{T-1}\sum_{i<T}(a_{T,i}-a_{i,i})`, in points; negative where tasks are forgotten."""
+    a = _several(a)
+    # eq-continual-bwt:  BWT = 1/(T-1) sum_{i < T} (a_Ti - a_ii)
+    return (a[-1] - a.diagonal())[:-1].mean().item()
+
+
+def forward_transfer(a: Tensor, untrained: Tensor) -> float:
+    r""":math:`\mathrm{FWT}=\frac1{T-1}\sum_{i>1}(a_{i-1,i}-r_i)`, in points.
+
+    Args:
+        untrained: r, the accuracies of the network before the first task, ``(T,)``.
+    """
+    a = _several(a)
+    above = a.diagonal(1)
+    if above.isnan().any():
+        raise ValueError("a: expected the accuracy on each task before it was learned, got NaN above the diagonal")
+    # eq-continual-fwt:  FWT = 1/(T-1) sum_{i > 1} (a_{i-1,i} - r_i)
+    return (above - _of_each(a, untrained=untrained)[1:]).mean().item()
+
+
+def plasticity(a: Tensor) -> float:
+    r""":math:`\frac1T\sum_ia_{i,i}`: how well each task was learned when it was new."""
+    return _matrix(a).diagonal().mean().item()
+
+
+def summary(a: Tensor) -> dict[str, float]:
+    """All numbers that need nothing but the matrix; forgetting and transfer only where there are two tasks."""
+    numbers = {"last": last_accuracy(a), "incremental": average_incremental(a)}
+    if len(a) > 1:
+        numbers |= {"forgetting": forgetting(a), "bwt": backward_transfer(a)}
+    return numbers | {"plasticity": plasticity(a)}
+
+
+def _matrix(a: Tensor) -> Tensor:
+    a = torch.as_tensor(a, dtype=torch.float64).clone()
+    if a.ndim != 2 or a.shape[0] != a.shape[1] or not len(a):
+        raise ValueError(f"a: expected a square matrix, tasks learned by tasks tested, got shape {tuple(a.shape)}")
+    if a.tril().isnan().any():
+        raise ValueError("a: expected an accuracy for every task learned so far, got NaN on or below the diagonal")
+    return a
+
+
+def _of_each(a: Tensor, **named: Tensor) -> Tensor:
+    ((name, value),) = named.items()
+    value = torch.as_tensor(value, dtype=a.dtype)
+    if value.shape != a.shape[:1]:  # of length 1 it would broadcast
+        raise ValueError(f"{name}: expected a number for each of {len(a)} tasks, got shape {tuple(value.shape)}")
+    return value
+
+
+def _several(a: Tensor) -> Tensor:
+    a = _matrix(a)
+    if len(a) < 2:
+        raise ValueError("a: expected two tasks or more, got one, which nothing can be forgotten after")
+    return a
