@@ -17,6 +17,7 @@ small images: its first convolution is 3 x 3 without stride, and there is no poo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -45,7 +46,7 @@ def cifar_resnet18(num_classes: int = 10, **kwargs: Any) -> Normalised:
         import timm
     except ImportError as error:
         raise ImportError("cifar_resnet18 needs timm: pip install 'peftref[vision]'") from error
-    net = timm.create_model("resnet18", num_classes=num_classes, **kwargs)
+    net: Any = timm.create_model("resnet18", num_classes=num_classes, **kwargs)
     net.conv1 = nn.Conv2d(3, net.conv1.out_channels, 3, padding=1, bias=False)
     net.maxpool = nn.Identity()
     return Normalised(net, CIFAR10_MEAN, CIFAR10_STD)
@@ -115,8 +116,7 @@ def run_at_scale(
                 torch.manual_seed(seed)
                 net = build().to(device)
             rule = DERpp(Reservoir(buffer, seed), alpha=alpha, beta=beta)
-            generator = torch.Generator().manual_seed(seed)
-            rule.forward = lambda model, x, y, generator=generator: model(augment(x, generator))
+            rule.forward = partial(_augmented, torch.Generator().manual_seed(seed))
             before = method(net, rule, moved)
             rows[name, seed] = summary(learn(net.to(device), moved, rule, lr=lr, seed=seed, before=before))
     found = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["method", "seed"])
@@ -127,3 +127,8 @@ def run_at_scale(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }  # fmt: skip
     return found
+
+
+def _augmented(generator: torch.Generator, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    logits: Tensor = model(augment(x, generator))
+    return logits

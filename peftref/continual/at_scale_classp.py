@@ -83,7 +83,8 @@ class PaperCNN(nn.Sequential):
         self.mean, self.std = mean, std
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward((x - self.mean) / self.std)
+        logits: Tensor = super().forward((x - self.mean) / self.std)  # type: ignore[no-untyped-call]  # nn.Sequential
+        return logits
 
 
 def full_mnist(root: str | Path) -> Dataset:
@@ -109,7 +110,8 @@ def full_mnist(root: str | Path) -> Dataset:
             if len(x) != len(y):
                 raise ValueError(f"{folder}: expected as many labels as images, got {len(x)} images, {len(y)} labels")
             splits.append(Split(torch.from_numpy(x).float().div_(255).unsqueeze(1), torch.from_numpy(y).long()))
-        return Dataset("mnist", *splits, tuple("0123456789"), digest.hexdigest())
+        train, test = splits
+        return Dataset("mnist", train, test, tuple("0123456789"), digest.hexdigest())
     raise FileNotFoundError(f"root: expected {', '.join(FILES)} (or .gz) in one of {', '.join(map(str, folders))}")
 
 

@@ -46,15 +46,18 @@ class Enlarged(nn.Module):
 
     def __init__(self, model: nn.Module, size: int) -> None:
         super().__init__()
-        self.model, self.size = model, size
+        self.model: Any = model  # speaks timm's protocol, of which nn.Module says nothing
+        self.size = size
 
     def forward_features(self, x: Tensor) -> Tensor:
         x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            return self.model.forward_features(x)
+            h: Tensor = self.model.forward_features(x)
+        return h
 
     def forward_head(self, h: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.model.forward_head(h.float(), pre_logits=pre_logits)
+        h = self.model.forward_head(h.float(), pre_logits=pre_logits)
+        return h
 
 
 def run_at_scale(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -48,7 +49,8 @@ class Centred(nn.Module):
 
     def __init__(self, model: nn.Module, size: int) -> None:
         super().__init__()
-        self.model, self.size, self.num_features = model, size, model.num_features
+        self.model: Any = model  # speaks timm's protocol, of which nn.Module says nothing
+        self.size, self.num_features = size, model.num_features
 
     def forward_features(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.size:
@@ -56,10 +58,12 @@ class Centred(nn.Module):
             start = (large - self.size) // 2
             x = F.interpolate(x, (large, large), mode="bilinear", antialias=True)
             x = x[..., start : start + self.size, start : start + self.size]
-        return self.model.forward_features(x)
+        h: Tensor = self.model.forward_features(x)
+        return h
 
     def forward_head(self, h: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.model.forward_head(h, pre_logits=pre_logits)
+        h = self.model.forward_head(h, pre_logits=pre_logits)
+        return h
 
 
 def random_crop(x: Tensor, size: int, generator: torch.Generator, smallest: float = 0.08) -> Tensor:
@@ -119,8 +123,10 @@ def run_at_scale(
     for t, task in enumerate(class_incremental(data, tasks, per_class=limit)):
         task = task.to(device)
         learner.begin_task(len(task.classes))
-        options = {"epochs": epochs, "frozen_epochs": frozen_epochs if t else 0, "batch_size": batch_size}
-        learner.learn(task.train, generator=generator, augment=augment, **options)
+        learner.learn(
+            task.train, generator=generator, epochs=epochs, frozen_epochs=frozen_epochs if t else 0,
+            batch_size=batch_size, augment=augment,
+        )  # fmt: skip
         seen.append(_first(task.test, test_limit))
         rows.append(_accuracies(learner, seen))
     table = pd.DataFrame(rows, columns=["online (%)", "offline (%)", "ensemble (%)"])

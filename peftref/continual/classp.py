@@ -95,13 +95,13 @@ def classp_step(
     if shapes[1] != shapes[0] or shapes[2] != shapes[0]:
         raise ValueError(f"w, g, s: expected lists of the same shapes, got {shapes}")
     _check(s, lr=lr, power=power, threshold=threshold, epsilon=eps)
-    w, s = [t.clone() for t in w], [t.clone() for t in s]
-    _step_(w, g, s, lr, power, threshold, eps, suppress, official)
-    return w, s
+    new_w, new_s = [t.clone() for t in w], [t.clone() for t in s]
+    _step_(new_w, g, new_s, lr, power, threshold, eps, suppress, official)
+    return new_w, new_s
 
 
 def _step_(
-    w: Sequence[Tensor], g: Sequence[Tensor], s: Sequence[Tensor], lr: float, power: float, threshold: float,
+    w: list[Tensor], g: Sequence[Tensor], s: list[Tensor], lr: float, power: float, threshold: float,
     eps: float, suppress: bool, official: bool,
 ) -> None:  # fmt: skip
     """:func:`classp_step` in place, on tensors of one device and type. Nothing is asked of the device."""
@@ -111,7 +111,7 @@ def _step_(
         if threshold >= 1:
             return
         threshold, exponent = 0.0, 1.0
-    g = [gate(t.to(a.dtype), threshold) for t, a in zip(g, s, strict=True)]
+    g = tuple(gate(t.to(a.dtype), threshold) for t, a in zip(g, s, strict=True))
     # eq-classp-accumulate:  s <- s + m |g|^p
     if exponent == 2:
         torch._foreach_addcmul_(s, g, g)
@@ -194,7 +194,8 @@ class CLASSP(torch.optim.Optimizer):
                 if p.grad is not None:
                     alike.setdefault((p.device, p.dtype), []).append(p)
             for w in alike.values():
-                g = [p.grad if p.grad.layout == torch.strided else p.grad.to_dense() for p in w]
+                grads = [p.grad for p in w if p.grad is not None]
+                g = [t if t.layout == torch.strided else t.to_dense() for t in grads]
                 _step_(
                     w, g, [self._sum(p) for p in w], group["lr"], group["power"], group["threshold"], group["epsilon"],
                     group["apply_decay"], group["mode"] == "official",
@@ -204,7 +205,7 @@ class CLASSP(torch.optim.Optimizer):
     @torch.no_grad()
     def active_fraction(self) -> float:
         """Share of the weights that have a gradient which a step would move now: call it before ``zero_grad``."""
-        moved, total = 0, 0
+        moved, total = torch.tensor(0), 0
         for group in self.param_groups:
             official, tau = group["mode"] == "official", group["threshold"]
             tau = (0.0 if tau < 1 else math.inf) if official else tau
@@ -224,10 +225,10 @@ class CLASSP(torch.optim.Optimizer):
                 self.state[p]["sum"] = s.to(p.device, _precision(p), copy=True)
 
     def _sum(self, p: Tensor) -> Tensor:
-        state = self.state[p]
-        if "sum" not in state:
-            state["sum"] = torch.zeros_like(p, dtype=_precision(p))
-        return state["sum"]
+        if "sum" not in self.state[p]:
+            self.state[p]["sum"] = torch.zeros_like(p, dtype=_precision(p))
+        s: Tensor = self.state[p]["sum"]
+        return s
 
 
 def _precision(t: Tensor) -> torch.dtype:

@@ -66,7 +66,8 @@ class FiLM(nn.Module):
         return {"weight": self.gamma * self.norm.weight, "bias": self.gamma * self.norm.bias + self.beta}
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional_call(self.norm, self.folded(), (x,))
+        y: Tensor = functional_call(self.norm, self.folded(), (x,))
+        return y
 
 
 def inject_film(model: nn.Module, layers: str | Iterable[str] | None = None) -> list[str]:

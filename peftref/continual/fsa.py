@@ -52,6 +52,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +83,7 @@ def cosine_distance(features: Tensor) -> Tensor:
     return 1 - (u.sum(0).square().sum() - u.square().sum()) / (n * (n - 1))
 
 
-def embed(model: nn.Module, x: Tensor) -> Tensor:
+def embed(model: Any, x: Tensor) -> Tensor:
     """Features ``(N, d)``: the input of the head of a model with timm's protocol, else what the model returns."""
     if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
         x = model.forward_head(model.forward_features(x), pre_logits=True)
@@ -175,7 +176,7 @@ class FSA(nn.Module):
     def __init__(
         self, model: nn.Module, body: str = "full", *, scatter: str = "total", ridge: float = 1.0,
         ridge_rel: float = 0.0, prior: str | None = None, num_classes: int | None = None, chunk: int = 500,
-        **training: object,
+        **training: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -215,7 +216,8 @@ class FSA(nn.Module):
         k = int(classes[-1]) + 1 if self.num_classes is None else self.num_classes
         if classes[0] < 0 or classes[-1] >= k:
             raise ValueError(f"labels: expected them in [0, {k}) for logits, got {classes.tolist()}; use predict")
-        return z.new_full((len(z), k), -math.inf).index_copy_(1, classes.to(z.device), z)
+        logits: Tensor = z.new_full((len(z), k), -math.inf).index_copy_(1, classes.to(z.device), z)
+        return logits
 
     def predict(self, x: Tensor) -> Tensor:
         """Labels, ``(N, ...) -> (N,)``."""

@@ -54,6 +54,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -104,7 +106,7 @@ def alpha_for(kept: float, steps: int) -> float:
     if steps < 1:
         raise ValueError(f"steps: expected a positive number, got {steps}")
     # eq-lae-memory: the factor alpha^n of theta_0
-    return kept ** (1 / steps)
+    return float(kept ** (1 / steps))
 
 
 def vote(logits: Tensor, rule: str = "max") -> Tensor:
@@ -158,9 +160,10 @@ class LAE(nn.Module):
         names = {name for host in model.modules() if isinstance(host, Host) for name in host.adapters}
         if taken := names & {OFFLINE, BOTH}:
             raise ValueError(f"model: expected no adapter of these names, which are given later, got {sorted(taken)}")
-        self.model, self.alpha, self.lr, self.local, self.rule = model, alpha, lr, local, rule
+        self.model = cast(Any, model)  # speaks timm's protocol, of which nn.Module says nothing
+        self.alpha, self.lr, self.local, self.rule = alpha, lr, local, rule
         self.optimizer, self.tasks, self.start = optimizer, 0, 0
-        self.head = DynamicHead(model.num_features if features is None else features)
+        self.head = DynamicHead(self.model.num_features if features is None else features)
         self.pairs: list[tuple[nn.Module, nn.Module]] = []  # of every layer, the offline and the online adapter
         activate(model, ONLINE)
         self.train(False)
@@ -194,7 +197,8 @@ class LAE(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Pooled features before the head, ``(N, d)``."""
-        return self.model.forward_head(self.model.forward_features(x), pre_logits=True)
+        h: Tensor = self.model.forward_head(self.model.forward_features(x), pre_logits=True)
+        return h
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """One step of head, online copy and offline copy on images of the new classes; the loss, before it."""
@@ -229,15 +233,15 @@ class LAE(nn.Module):
             raise ValueError(f"frozen_epochs: expected from 0 to {epochs}, got {frozen_epochs}")
         check_labels(task.y, self.start, self.head.classes)
         change = augment or (lambda x: x)
-        options = {"batch_size": batch_size, "drop_last": drop_last, "generator": generator}
+        deal = partial(batches, batch_size=batch_size, drop_last=drop_last, generator=generator)
         losses = []
         if frozen_epochs:  # the module stands still, and so do the features: one pass serves all these epochs
             fixed = augment is None
             data = Split(self._frozen_features(task.x), task.y) if fixed else task
-            for x, y in batches(data, epochs=frozen_epochs, **options):
+            for x, y in deal(data, epochs=frozen_epochs):
                 losses.append(self._update(x if fixed else self._frozen_features(change(x)), y))
             self.accumulate(len(losses))
-        for x, y in batches(task, epochs=epochs - frozen_epochs, **options):
+        for x, y in deal(task, epochs=epochs - frozen_epochs):
             losses.append(self.step(change(x), y))
         return torch.stack(losses) if losses else torch.empty(0)
 
@@ -248,7 +252,8 @@ class LAE(nn.Module):
         E = 1 in the first task, which has no offline copy. Whatever happens, the online copy is active afterwards.
         """
         if not self.pairs:
-            return self.head(self.features(x))[None]
+            only: Tensor = self.head(self.features(x))[None]
+            return only
         flags = [(p, p.requires_grad) for p in self.model.parameters()]
         try:
             activate(self.model, BOTH)
@@ -257,7 +262,8 @@ class LAE(nn.Module):
             activate(self.model, ONLINE)
             for p, flag in flags:
                 p.requires_grad_(flag)
-        return self.head(h).unflatten(0, (2, len(x)))
+        both: Tensor = self.head(h).unflatten(0, (2, len(x)))
+        return both
 
     def forward(self, x: Tensor) -> Tensor:
         return vote(self.experts(x), self.rule)

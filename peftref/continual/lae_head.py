@@ -18,6 +18,8 @@ so the blocks of earlier tasks get no gradient: what was learned is not pushed d
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,7 +52,8 @@ class DynamicHead(nn.Module):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        self.features, self.blocks, self.classes = features, nn.ModuleList(), 0
+        self.features, self.classes = features, 0
+        self.blocks = nn.ModuleList()
 
     def grow(self, classes: int, like: Tensor | None = None) -> range:
         """Add a block, weights N(0, 0.001) as in the official code and no bias at first, on the device of ``like``."""
@@ -66,7 +69,8 @@ class DynamicHead(nn.Module):
         return range(self.classes - classes, self.classes)
 
     def forward(self, h: Tensor) -> Tensor:
-        return torch.cat([block(h.to(block.weight.dtype)) for block in self.blocks], -1)
+        linears: list[Any] = list(self.blocks)
+        return torch.cat([block(h.to(block.weight.dtype)) for block in linears], -1)
 
 
 def check_labels(y: Tensor, start: int, stop: int) -> None:

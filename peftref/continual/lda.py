@@ -50,7 +50,8 @@ True
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +156,7 @@ class LDA(nn.Module):
     ) -> None:
         super().__init__()
         _check(scatter, ridge, ridge_rel, prior)
-        self.settings = {"scatter": scatter, "ridge": ridge, "ridge_rel": ridge_rel, "prior": prior}
+        self.settings: dict[str, Any] = {"scatter": scatter, "ridge": ridge, "ridge_rel": ridge_rel, "prior": prior}
         self.register_buffer("classes_", torch.zeros(0, dtype=torch.long))
         for name, shape in (("counts", (0,)), ("means", (0, 0)), ("within", (0, 0))):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
@@ -240,13 +241,15 @@ class LDA(nn.Module):
     def _set(self, classes: Tensor, m: Moments) -> None:
         self.classes_, (self.counts, self.means, self.within), self._fitted = classes, m, None
 
-    def _apply(self, fn, recurse: bool = True):  # .to(), .cuda(), .half() ...: the device changes, never the precision
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LDA:
+        # .to(), .cuda(), .half() ...: the device changes, never the precision
         device = fn(torch.zeros(0, device=self.within.device)).device
         self._set(self.classes_.to(device), Moments(*(t.to(device) for t in self.moments)))
         return self
 
-    def _load_from_state_dict(self, state, prefix, *args) -> None:  # a head grows: stored sizes are taken over
-        own = [state.get(prefix + name) for name in ("classes_", *Moments._fields)]
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        # a head grows: stored sizes are taken over
+        own: list[Any] = [state.get(prefix + name) for name in ("classes_", *Moments._fields)]
         if all(t is not None for t in own):
             shapes = [tuple(t.shape) for t in own]
             k, d = (*shapes[2], 0, 0)[:2]

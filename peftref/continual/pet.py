@@ -94,7 +94,8 @@ class ParallelAdapter(Adapter):
     def forward(self, x: Tensor, y0: Tensor, base: Layer) -> Tensor:
         if self.placement == "before":
             kept = next(base.module.parameters()).dtype
-            return base.module((x + self.branch(x)).to(kept)) - y0
+            moved: Tensor = base.module((x + self.branch(x)).to(kept))
+            return moved - y0
         return self.branch(x if self.placement == "parallel" else y0)
 
     def branch(self, x: Tensor) -> Tensor:
@@ -167,7 +168,8 @@ class Experts(Adapter):
 
     def whole(self, x: Tensor, base: Layer) -> Tensor | None:
         outputs = [m.whole(u, view(base.module, m.dtype)) for m, u in zip(self.members, self._parts(x), strict=True)]
-        return None if any(y is None for y in outputs) else torch.cat(outputs)
+        given = [y for y in outputs if y is not None]
+        return torch.cat(given) if len(given) == len(outputs) else None
 
     def _parts(self, t: Tensor) -> tuple[Tensor, ...]:
         if len(t) % len(self.members):

@@ -50,6 +50,7 @@ True
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -145,10 +146,11 @@ class Prefix(Adapter):
         return tuple(p.unflatten(-1, (heads, -1)).transpose(0, 1) for p in scaled)
 
     def whole(self, x: Tensor, base: Layer) -> Tensor:
-        attn = base.module
+        attn: Any = base.module  # with what _check asked for
         q, k, v = heads(attn, x)
         y = prefix_attention(q, k, v, *self.rows(attn.num_heads), compensate=self.compensate)
-        return attn.proj(y.transpose(1, 2).flatten(2))  # (N, T, d)
+        out: Tensor = attn.proj(y.transpose(1, 2).flatten(2))  # (N, T, d)
+        return out
 
     def forward(self, x: Tensor, y0: Tensor, base: Layer) -> Tensor:
         return self.whole(x.to(next(base.module.parameters()).dtype), base) - y0
@@ -192,13 +194,13 @@ def inject_prefix(
     return list(new)
 
 
-def heads(attn: nn.Module, x: Tensor) -> Tensor:
-    """Queries, keys and values of an attention, ``(N, T, d) -> (3, N, H, T, d_h)``."""
+def heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of an attention, ``(N, T, d) -> (N, H, T, d_h)`` each."""
     q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     return getattr(attn, "q_norm", nn.Identity())(q), getattr(attn, "k_norm", nn.Identity())(k), v
 
 
-def _check(attn: nn.Module) -> None:
+def _check(attn: Any) -> None:
     """Refuse what :meth:`Prefix.whole` would leave out."""
     kind = type(attn).__name__
     if missing := [n for n in ("qkv", "proj", "num_heads") if not hasattr(attn, n)]:

@@ -70,7 +70,7 @@ def er_ace_loss(new: Tensor, y: Tensor, seen: int, old: Tensor | None = None, y_
     masked = new.masked_fill(~ace_mask(new, y, seen), torch.finfo(new.dtype).min)
     # eq-continual-erace
     loss = F.cross_entropy(masked, y)
-    return loss if old is None else loss + F.cross_entropy(old, y_old)
+    return loss if old is None or y_old is None else loss + F.cross_entropy(old, y_old)
 
 
 class FineTune:
@@ -120,7 +120,8 @@ class Rehearsal(FineTune):
         if self.forwards == "each":
             return tuple(self.forward(model, x, y) for x, y, *_ in parts)
         x, y = (torch.cat([part[i] for part in parts]) for i in (0, 1))
-        return self.forward(model, x, y).split([len(part[1]) for part in parts])
+        logits: tuple[Tensor, ...] = self.forward(model, x, y).split([len(part[1]) for part in parts])
+        return logits
 
 
 class ER(Rehearsal):
