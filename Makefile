@@ -4,9 +4,9 @@ JOBS ?= 2
 PY := .venv/bin/python
 STAMP := .venv/.stamp
 HTML := _build/html/.stamp
-PAGES := $(shell find book peftref -type f -not -path '*/vendor/*' -not -path '*/__pycache__/*' -not -name '.*')
+PAGES := $(shell find book peftref $(wildcard examples) -type f -not -path '*/vendor/*' -not -path '*/__pycache__/*' -not -name '.*')
 
-.PHONY: book test chapter execute bench mutants lock clean
+.PHONY: book test chapter execute bench mutants pdf lock clean
 .DELETE_ON_ERROR:
 
 # Execute the chapters whose code, modules or data have changed, write what follows from other files, build the pages.
@@ -16,8 +16,9 @@ book: $(STAMP)
 	@$(MAKE) --no-print-directory $(HTML)
 	@echo "The book: file://$(CURDIR)/_build/html/index.html"
 
+# As many processes as JOBS, one thread in each; a file, so a chapter too, stays in one of them.
 test: $(STAMP)
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 
 # make chapter NAME=tta/lame
 chapter: $(STAMP)
@@ -33,6 +34,10 @@ bench: $(STAMP)
 # Does some test fail for each seeded defect?
 mutants: $(STAMP)
 	$(PY) -m tools.mutants --jobs $(JOBS)
+
+# Every page as a PDF, for paper: _build/pdf
+pdf: $(HTML)
+	$(PY) -m tools.pdf
 
 # Exact versions for every Python from 3.10 on; names no index and no path.
 lock: $(STAMP)

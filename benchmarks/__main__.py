@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from peftref._replacing import replace_text
+
 from ._timing import Row, environment
 
 HERE = Path(__file__).parent
@@ -22,9 +24,8 @@ def main(slugs: list[str]) -> int:
     for slug in slugs or found:
         module = importlib.import_module(f"benchmarks.{found[slug].parent.name}.{found[slug].stem}")
         rows: list[Row] = module.rows()
-        RESULTS.mkdir(parents=True, exist_ok=True)
         stored = {"slug": slug, "command": f"python -m benchmarks {slug}", **environment(), "rows": rows}
-        (RESULTS / f"speed_{slug}.json").write_text(json.dumps(stored, indent=2) + "\n")
+        replace_text(RESULTS / f"speed_{slug}.json", json.dumps(stored, indent=2) + "\n")
         print(f"\n{slug:<60}{'ours':>10}{'peer':>10}{'ratio':>8}{'target':>8}{'peak MB, ours / peer':>24}")
         for row in rows:
             target = "" if row["target"] is None else f"{row['target']:g}x"

@@ -137,8 +137,13 @@ def fit(
     Returns:
         ``model`` in eval mode.
     """
-    if len(x) != len(y) or len(x) == 0:
-        raise ValueError(f"x, y: expected equal, positive numbers of images and classes, got {len(x)} and {len(y)}")
+    if not y.ndim or len(x) != len(y) or len(x) == 0:
+        n = len(y) if y.ndim else "one number"
+        raise ValueError(f"x, y: expected equal, positive numbers of images and classes, got {len(x)} and {n}")
+    if y.ndim != 1 or y.is_floating_point() or y.min() < 0:
+        raise ValueError(f"y: expected integers from 0 on, (N,), got {y.dtype} {tuple(y.shape)} from {y.min()} on")
+    if epochs < 1 or batch_size < 1:
+        raise ValueError(f"epochs, batch_size: expected at least 1 of each, got {epochs} and {batch_size}")
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
     steps = epochs * -(-len(x) // batch_size)
@@ -158,6 +163,8 @@ def fit(
 @torch.inference_mode()
 def predict(model: nn.Module, x: Tensor, batch_size: int = 1000) -> Tensor:
     """Logits of all images ``x``, batch by batch: ``(N, ...) -> (N, K)``. Uses the model in the mode it is in."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     return torch.cat([model(b) for b in x.split(batch_size)])
 
 

@@ -33,6 +33,7 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -114,6 +115,8 @@ def lines(
         figure = Plot(height=3.2 + 0.9 * upright)
         axes = figure.subplots()
         axes.set(xlabel=xlabel, ylabel=ylabel, xscale=xscale, yscale=yscale, xlim=(x.min(), x.max()))
+        if xscale == "linear" and (x == x.round()).all():  # tasks, epochs: there is none at 1.5
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
         for i, (start, stop, label) in enumerate(regions):
             axes.axvspan(start, stop, color=GREY, alpha=0.07 + 0.11 * (i % 2), linewidth=0)
             middle, place = np.clip((start, stop), x.min(), x.max()).mean(), axes.get_xaxis_transform()

@@ -39,6 +39,7 @@ from typing import Any
 import pandas as pd
 
 from . import __version__
+from ._replacing import replace_text
 
 __all__ = ["STATUSES", "hardware", "record", "run"]
 
@@ -72,7 +73,7 @@ def record(slug: str, rows: Sequence[Mapping[str, Any]], folder: str | Path = ".
     if os.environ.get("PEFTREF_RECORD") and path.parent.is_dir():
         now = {"command": _command(slug), **run()}
         rows = [_with_run(json.loads(json.dumps(row)), stored.get(row["claim"], {}), now) for row in rows]
-        path.write_text(json.dumps(rows, indent=1) + "\n")
+        replace_text(path, json.dumps(rows, indent=1) + "\n")
     elif stored:
         for row in rows:
             old = stored.get(row["claim"])

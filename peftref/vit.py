@@ -87,7 +87,7 @@ class ViT(nn.Module):
         self, img_size: int = 28, patch_size: int = 7, in_chans: int = 1, num_classes: int = 10,
         embed_dim: int = 64, depth: int = 4, num_heads: int = 4,
     ) -> None:  # fmt: skip
-        if img_size % patch_size or embed_dim % num_heads:
+        if min(patch_size, num_heads) < 1 or img_size % patch_size or embed_dim % num_heads:
             raise ValueError(
                 "img_size, embed_dim: expected multiples of patch_size and num_heads, "
                 f"got {img_size} / {patch_size} and {embed_dim} / {num_heads}"

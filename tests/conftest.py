@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from filelock import FileLock
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserType
@@ -65,7 +66,10 @@ def make(target: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="session")
 def html() -> Path:
     """The folder of the built book; builds it where it is missing or older than its sources."""
-    done = make("_build/html/.stamp")
+    cache = ROOT / ".pytest_cache"
+    cache.mkdir(exist_ok=True)
+    with FileLock(cache / "book.lock"):  # tests run in several processes
+        done = make("_build/html/.stamp")
     if done.returncode:
         pytest.fail(f"the book does not build:\n{done.stdout[-6000:]}", pytrace=False)
     return ROOT / "_build" / "html"

@@ -30,6 +30,8 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from tqdm import tqdm
 from traitlets import default
 
+from peftref._replacing import replace_text
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "peftref"
 DATA = {".npz", ".safetensors"}
@@ -156,9 +158,7 @@ async def execute(
         if Path(file).resolve() != module_file(root, name).resolve():
             raise RuntimeError(f"{path}: {name} was imported from {file}, expected it under {root}")
     nb.metadata[PACKAGE] = fingerprint(root, path, nb, modules, inputs(root, path, modules))
-    partial = path.with_suffix(".partial")
-    partial.write_text(nbformat.writes(tidy(nb)) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    replace_text(path, nbformat.writes(tidy(nb)) + "\n")
     if recording:
         note(path, cost[0], root)
 
@@ -172,8 +172,7 @@ def note(path: Path, cost: dict, root: Path = ROOT) -> None:
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     known[path.relative_to(root / "book").with_suffix("").as_posix()] = cost
     known = {name: known[name] for name in sorted(known) if (root / f"book/{name}.ipynb").is_file()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    replace_text(file, json.dumps(known, indent=1) + "\n")
 
 
 async def execute_all(paths: list[Path], root: Path = ROOT, *, jobs: int = 1, timeout: int = 600) -> dict[Path, str]:

@@ -41,6 +41,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from peftref._replacing import replace_text
 from peftref.catalog import METHODS, PARTS
 from tools.forked import Forked
 
@@ -263,7 +264,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     first = {(slug, m["what"]): m["by"] for slug in before for m in before[slug]["mutants"] if m["status"] == "killed"}
     found = summary(run(mutants, root, jobs=args.jobs, timeout=args.timeout, first=first))
     after = {slug: (before | found)[slug] for slug in listed if slug in before | found}
-    (root / RECORD).write_text(json.dumps(after, indent=1) + "\n", encoding="utf-8")
+    replace_text(root / RECORD, json.dumps(after, indent=1) + "\n")
     print(f"{'list':<14}killed  of")
     for slug, one in found.items():
         print(f"{slug:<14}{one['killed']:>6}{one['total']:>4}")

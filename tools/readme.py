@@ -15,6 +15,7 @@ from pathlib import Path
 import nbformat
 
 from peftref import catalog
+from peftref._replacing import replacing
 from tools import pages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,8 +66,8 @@ def main(arguments: list[str], root: Path = ROOT) -> int:
         if "--check" in arguments:
             print(f"{path.relative_to(root)} is out of date: run python -m tools.readme")
         else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
+            with replacing(path) as part:
+                part.write_bytes(data)
             print(f"wrote {path.relative_to(root)}")
     return int(bool(stale) and "--check" in arguments)
 

@@ -107,6 +107,7 @@ class Adapter(nn.Module):
         return {name: config[name] for name in cls.options if name in config}
 
     def delta(self, base: Layer) -> tuple[Tensor, Tensor | None]:
+        """What the adapter adds to the weight ``(o, i)`` and to the bias ``(o,)``, where it is linear."""
         raise TypeError(f"delta: expected a linear adapter, got {self.kind}, which cannot be merged")
 
     def whole(self, x: Tensor, base: Layer) -> Tensor | None:
@@ -119,6 +120,7 @@ class Adapter(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """What it computes in."""
         return next(self.parameters()).dtype
 
 
@@ -151,6 +153,7 @@ class Host(nn.Module):
 
     @property
     def merged(self) -> bool:
+        """Whether the active adapters are in the weight."""
         return self._frozen is not None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -101,6 +101,10 @@ def install(model: nn.Module, new: Mapping[str, Adapter], name: str = "default",
     modules, hosts = named(model), _hosts(model)
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"name: expected a name without dots that is no attribute of a ModuleDict, got {name!r}")
+    if not isinstance(new, Mapping) or not new or not all(isinstance(a, Adapter) for a in new.values()):
+        raise TypeError(f"new: expected some adapters, by the layer they are for, got {new!r}")
+    if unknown := [n for n in new if n not in modules]:
+        raise ValueError(f"new: expected names of layers of the model, got {unknown}")
     if any(name in host.adapters for host in hosts.values()):
         raise ValueError(f"name: expected a new one, got {name!r}, which the model has")
     _refuse_merged(hosts)

@@ -76,7 +76,14 @@ def redistribute(ratios: Mapping[str, Tensor], budget: int) -> dict[str, int]:
     Args:
         ratios: of each layer, ``(k,)``, falling.
         budget: ranks in all; fewer are dealt out if there are fewer ratios.
+
+    Raises:
+        ValueError: no layers, ratios that are no vectors, or a negative budget.
     """
+    if not isinstance(budget, int) or budget < 0:
+        raise ValueError(f"budget: expected an integer from 0 on, got {budget!r}")
+    if not ratios or any(xi.ndim != 1 for xi in ratios.values()):
+        raise ValueError(f"ratios: expected (k,) for each layer, got {[tuple(xi.shape) for xi in ratios.values()]}")
     owner = [name for name, xi in ratios.items() for _ in xi]
     # eq-eva-ranks:  r_l = how many xi_lj are among the b largest
     order = torch.cat([xi.detach().cpu().double() for xi in ratios.values()]).argsort(descending=True, stable=True)
@@ -88,6 +95,8 @@ def redistribute(ratios: Mapping[str, Tensor], budget: int) -> dict[str, int]:
 
 def start(spectrum: Spectrum, r: int, *, whiten: bool = False) -> Tensor:
     r"""The first ``A``, ``(r, i)``, a new tensor (eq-eva-start); whitened, row j is divided by :math:`\sqrt{s_j}`."""
+    if not isinstance(r, int) or not 0 <= r <= len(spectrum.components):
+        raise ValueError(f"r: expected an integer from 0 to {len(spectrum.components)}, got {r!r}")
     # eq-eva-start:  A = V_:r, whitened diag(s_:r)^(-1/2) V_:r
     A = spectrum.components[:r].clone()
     if whiten and r and spectrum.singular[0] > 0:

@@ -32,6 +32,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .._replacing import replacing
 from .contract import KINDS, Adapter
 from .core import adapters, build, install
 from .finding import bare, find, named
@@ -152,8 +153,10 @@ def _write(path: str | Path, tensors: Mapping[str, Tensor], spec: Mapping[str, A
     folder, text = Path(path), json.dumps(spec, indent=2, sort_keys=True)
     kept = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}  # no views, no shared memory
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(kept, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    with replacing(config) as new_config, replacing(weights) as new_weights:  # both are there before either is replaced
+        save_file(kept, new_weights, metadata={"format": "pt"})
+        new_config.write_text(text + "\n", encoding="utf-8")
 
 
 def _tensors(found: Mapping[str, Adapter]) -> dict[str, Tensor]:

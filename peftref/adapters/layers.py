@@ -63,10 +63,12 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
+        """``(o, i)``, in ``dtype``, without a gradient."""
         raise AttributeError(f"weight: expected a layer with a matrix, got a {type(self.module).__name__}")
 
     @property
     def bias(self) -> Tensor | None:
+        """``(o,)`` or None, in ``dtype``, without a gradient."""
         raise AttributeError(f"bias: expected a layer with a matrix, got a {type(self.module).__name__}")
 
     def kept(self, matrix: Tensor) -> Tensor:

@@ -46,7 +46,9 @@ EVEN = (1, 0) * 5  # of the digits: is it even?
 
 def relabelled(task: Task, labels: Sequence[int], name: str) -> Task:
     """The same images, with ``labels[c]`` for class ``c``."""
-    new = torch.tensor(labels)
+    new, top = torch.tensor(labels), max(int(part.y.max()) for part in (task.train, task.val, task.test))
+    if new.ndim != 1 or len(new) <= top:
+        raise ValueError(f"labels: expected one for each class from 0 to {top}, got {labels}")
     return Task(name, *(Split(part.x, new[part.y]) for part in (task.train, task.val, task.test)))
 
 

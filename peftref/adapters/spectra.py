@@ -24,6 +24,7 @@ True
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -70,11 +71,19 @@ def absorb(
         k: components to keep, at most as many as there are.
         center: decompose the rows' deviations from their mean; False: the rows.
         lowrank: instead of an exact SVD, orthogonal iteration from the old components, much cheaper for many inputs.
+
+    Raises:
+        ValueError: no rows, rows of another width than those so far, or numbers that are not finite.
     """
+    _check(rows, len(old.mean) if old else None)
+    if not isinstance(k, int) or k < 1:
+        raise ValueError(f"k: expected a positive integer, got {k!r}")
     n, m = len(rows), old.count if old else 0
     mean = rows.mean(0) if center else rows.new_zeros(rows.shape[1])
     stack = rows - mean
     total = float(stack.square().sum())
+    if not math.isfinite(total):
+        raise ValueError("rows: expected finite numbers, got NaN, infinity, or a sum of squares that overflows")
     if old:
         # eq-eva-incremental:  [diag(s) V; X - 1 mean; sqrt(m n / (m + n)) (mu - mean)] = U s' V'
         drift = (m * n / (m + n)) ** 0.5 * (old.mean - mean)
@@ -94,11 +103,15 @@ class Moments:
         center: as in :func:`absorb`.
     """
 
+    shift: Tensor
+    sum: Tensor
+
     def __init__(self, center: bool = True) -> None:
         self.center, self.count = center, 0
 
     def update(self, rows: Tensor) -> None:
         """Take ``(n, i)`` more rows in."""
+        _check(rows, len(self.shift) if self.count else None)
         if not self.count:
             i = rows.shape[1]
             # All rows are taken relative to the first batch's mean, or a large mean would drown what varies.
@@ -154,3 +167,8 @@ def _signed(components: Tensor) -> Tensor:
     """Of each row the entry of largest size is made positive, so that one direction always has the same numbers."""
     largest = components.gather(1, components.abs().argmax(1, keepdim=True))
     return components * torch.where(largest < 0, -1, 1)
+
+
+def _check(rows: Tensor, width: int | None) -> None:
+    if rows.ndim != 2 or not rows.numel() or rows.is_complex() or width not in (None, rows.shape[1]):
+        raise ValueError(f"rows: expected real (n, {width or 'i'}), n >= 1, got {rows.dtype} {tuple(rows.shape)}")

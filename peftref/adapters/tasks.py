@@ -140,6 +140,8 @@ def descend(
     Returns:
         The loss of each step, ``(steps,)``, on the CPU.
     """
+    if not 0 < lr < float("inf") or not isinstance(steps, int) or steps < 1 or not clip > 0:
+        raise ValueError(f"lr, steps, clip: expected positive numbers, got {lr!r}, {steps!r} and {clip!r}")
     params = [p for p in params if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
@@ -164,7 +166,13 @@ def train(
     Args:
         x, y: inputs and classes; batches are moved to the model's device.
         generator: of the batches; default: torch's own.
+
+    Raises:
+        ValueError: numbers of inputs and classes that differ, or what is not positive; before the model is touched.
     """
+    if y.ndim != 1 or not 0 < len(y) == len(x) or batch_size < 1:
+        got = f"{tuple(x.shape)}, {tuple(y.shape)} and {batch_size}"
+        raise ValueError(f"x, y, batch_size: expected (N, ...), (N,) and a size, none of them empty, got {got}")
     device = next(model.parameters()).device
 
     def loss() -> Tensor:
@@ -183,6 +191,8 @@ def best_rate(lrs: Sequence[float], score: Callable[[float], tuple[float, ...]])
     >>> best_rate((1e-3, 1e-2), lambda lr: (-abs(lr - 0.02),))
     0.01
     """
+    if not lrs:
+        raise ValueError("lrs: expected at least one, got none")
     return max(lrs, key=score) if len(lrs) > 1 else lrs[0]
 
 
@@ -252,7 +262,9 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def accuracy(logits: Tensor, y: Tensor) -> float:
-    """Share of right answers in %."""
+    """Share of right answers in %, of logits ``(N, K)`` and classes ``(N,)``."""
+    if not logits.numel() or logits.shape[:-1] != y.shape:
+        raise ValueError(f"logits, y: expected (N, K) and (N,), got {tuple(logits.shape)} and {tuple(y.shape)}")
     return 100 * (logits.argmax(-1) == y).double().mean().item()
 
 

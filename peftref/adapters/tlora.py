@@ -190,6 +190,8 @@ def identity_cores(dims: Sequence[int], rank: int, init: str = "slot") -> list[T
             random with variance ``1 / I_d``, but for those that would leave (0, 0) and come back (D of three or more).
             "paper": every slice is ``I / R``; exact where R is a power of two.
     """
+    if init not in ("slot", "paper"):
+        raise ValueError(f"init: expected 'slot' or 'paper', got {init!r}")
     eyes = [torch.eye(size)[..., None, None] for size in dims]
     if init == "paper":
         return [(eye / rank).repeat(1, 1, rank, rank) for eye in eyes]

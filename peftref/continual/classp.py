@@ -78,7 +78,7 @@ def gate(g: Tensor, threshold: float) -> Tensor:
 
 def classp_step(
     w: Sequence[Tensor], g: Sequence[Tensor], s: Sequence[Tensor], lr: float = 0.2, power: float = 1.0,
-    threshold: float = 0.5, eps: float = 1e-5, suppress: bool = True, official: bool = False,
+    threshold: float = 0.0, eps: float = 1e-5, suppress: bool = True, official: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """Weights and accumulators after one step, as new tensors.
 
@@ -147,7 +147,7 @@ class CLASSP(torch.optim.Optimizer):
     Args:
         params: real parameters, or groups of them; one without gradient is left alone.
         lr: :math:`\alpha` (0.2: published code).
-        threshold: :math:`\tau` (0.5: published code, where every value below 1 means 0).
+        threshold: :math:`\tau` (0: what the 0.5 of the published code, whose gate is a truth value, amounts to).
         epsilon: :math:`\epsilon` (1e-5: published code).
         power: p (1: published code).
         apply_decay: False moves by ``lr * g`` and still accumulates (``apply_scaling`` in the published code).
@@ -161,7 +161,7 @@ class CLASSP(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Any], lr: float = 0.2, threshold: float = 0.5, epsilon: float = 1e-5,
+        self, params: Iterable[Any], lr: float = 0.2, threshold: float = 0.0, epsilon: float = 1e-5,
         power: float = 1.0, apply_decay: bool = True, mode: str = "paper",
     ) -> None:  # fmt: skip
         defaults = {

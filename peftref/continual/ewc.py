@@ -165,6 +165,8 @@ class EWC(FineTune):
         return super().loss(model, x, y) + self.penalty(model)
 
     def end_task(self, model: nn.Module, x: Tensor, y: Tensor) -> None:
+        if not x.isfinite().all():  # they would stay in the Fisher; a network that has diverged is spoiled anyway
+            raise ValueError("x: expected finite numbers, got NaN or infinity in some")
         new = diagonal_fisher(model, x, y if self.empirical else None, chunk_size=self.chunk_size)
         # eq-continual-ewc:  F <- gamma F + F_new
         self.fisher = {n: self.decay * self.fisher[n] + f if n in self.fisher else f for n, f in new.items()}

@@ -85,6 +85,8 @@ def cosine_distance(features: Tensor) -> Tensor:
 
 def embed(model: Any, x: Tensor) -> Tensor:
     """Features ``(N, d)``: the input of the head of a model with timm's protocol, else what the model returns."""
+    if x.ndim < 2:
+        raise ValueError(f"x: expected a batch (N, ...), got shape {tuple(x.shape)}")
     if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
         x = model.forward_head(model.forward_features(x), pre_logits=True)
     else:

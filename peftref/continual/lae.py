@@ -229,8 +229,8 @@ class LAE(nn.Module):
         """
         if not self.tasks:
             raise RuntimeError("learn: expected begin_task before, got no task")
-        if not 0 <= frozen_epochs <= epochs:
-            raise ValueError(f"frozen_epochs: expected from 0 to {epochs}, got {frozen_epochs}")
+        if not isinstance(epochs, int) or frozen_epochs not in range(epochs + 1):
+            raise ValueError(f"frozen_epochs: expected from 0 to {epochs}, got {frozen_epochs!r}")
         check_labels(task.y, self.start, self.head.classes)
         change = augment or (lambda x: x)
         deal = partial(batches, batch_size=batch_size, drop_last=drop_last, generator=generator)

@@ -164,6 +164,7 @@ class LDA(nn.Module):
 
     @property
     def moments(self) -> Moments:
+        """Of all samples so far, classes in the order of ``classes_``."""
         return Moments(self.counts, self.means, self.within)
 
     @torch.no_grad()

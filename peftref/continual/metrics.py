@@ -34,7 +34,12 @@ def evaluate(
         predict: images -> logits of all classes ``(N, K)``; a module is used in the mode it is in.
         own_classes: let only the classes of the image's own task compete (task-incremental).
         batch_size: images of a call.
+
+    Raises:
+        ValueError: no tasks, or a batch of less than one image.
     """
+    if not tasks or batch_size < 1:
+        raise ValueError(f"tasks, batch_size: expected at least one of each, got {len(tasks)} and {batch_size}")
     row = []
     for task in tasks:
         logits = torch.cat([predict(x) for x in task.test.x.split(batch_size)])

@@ -49,10 +49,16 @@ def group_norm(layer: _BatchNorm, groups: int = 32) -> nn.GroupNorm:
         groups: the largest divisor that it has in common with the channels is used (32: both papers). One channel in
             a group makes instance normalisation, whose mean over the pixels says nothing: a thin network needs fewer.
     """
-    return nn.GroupNorm(math.gcd(groups, layer.num_features), layer.num_features, layer.eps)
+    return nn.GroupNorm(_common(groups, layer.num_features), layer.num_features, layer.eps)
 
 
 def continual_norm(layer: _BatchNorm, groups: int = 32) -> nn.Sequential:
     """The groups of each image, without scale and shift, then ``layer`` itself."""
     channels = layer.num_features
-    return nn.Sequential(nn.GroupNorm(math.gcd(groups, channels), channels, layer.eps, affine=False), layer)
+    return nn.Sequential(nn.GroupNorm(_common(groups, channels), channels, layer.eps, affine=False), layer)
+
+
+def _common(groups: int, channels: int) -> int:
+    if groups < 1:
+        raise ValueError(f"groups: expected a positive integer, got {groups!r}")
+    return math.gcd(groups, channels)

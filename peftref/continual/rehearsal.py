@@ -50,6 +50,8 @@ def derpp_loss(
     alpha: float = 0.1, beta: float = 0.5,
 ) -> Tensor:  # fmt: skip
     """Logits of the new batch and of two draws, the first beside its stored logits, the second beside its labels."""
+    if first.shape != stored.shape:  # which mean((f - z)^2) would broadcast
+        raise ValueError(f"first, stored: expected one shape, got {tuple(first.shape)} and {tuple(stored.shape)}")
     # eq-continual-derpp:  CE(f(x), y) + alpha mean (f(x') - z')^2 + beta CE(f(x''), y'')
     return F.cross_entropy(new, y) + alpha * F.mse_loss(first, stored) + beta * F.cross_entropy(second, y_second)
 
@@ -108,8 +110,10 @@ class Rehearsal(FineTune):
         super().__init__()
         if forwards not in ("one", "each"):
             raise ValueError(f'forwards: expected "one" or "each", got {forwards!r}')
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected a positive number, got {batch_size}")
+        if not isinstance(buffer, Reservoir):
+            raise TypeError(f"buffer: expected a Reservoir, got {type(buffer).__name__}")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size: expected a positive number, got {batch_size!r}")
         self.buffer, self.batch_size, self.forwards = buffer, batch_size, forwards
 
     def observe(self, x: Tensor, y: Tensor) -> None:

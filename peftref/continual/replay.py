@@ -70,8 +70,8 @@ class Reservoir:
         """``min(n, len(self))`` different samples at random, as tensors in the order in which they were added."""
         if len(self) == 0:
             raise ValueError("draw: expected a buffer that something was added to, got an empty one")
-        if n < 1:
-            raise ValueError(f"n: expected a positive number, got {n}")
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"n: expected a positive number, got {n!r}")
         i = torch.randperm(len(self), generator=self.generator)[:n]
         return tuple(held[i.to(held.device)] for held in self.rows)
 

@@ -125,9 +125,10 @@ def batches(
     Raises:
         ValueError: a number out of range; at the call, not when the first batch is asked for.
     """
-    if batch_size < 1 or epochs < 0:
-        raise ValueError(f"batch_size, epochs: expected at least 1 and 0, got {batch_size} and {epochs}")
+    check_batches(batch_size, epochs)
     n = len(split.y)
+    if len(split.x) != n:
+        raise ValueError(f"split: expected as many images as labels, got {len(split.x)} and {n}")
     end = n - n % batch_size if drop_last and n >= batch_size else n
 
     def each() -> Iterator[Split]:
@@ -137,6 +138,11 @@ def batches(
                 yield Split(split.x[i], split.y[i])
 
     return each()
+
+
+def check_batches(batch_size: int, epochs: int) -> None:
+    if not isinstance(batch_size, int) or not isinstance(epochs, int) or batch_size < 1 or epochs < 0:
+        raise ValueError(f"batch_size, epochs: expected at least 1 and 0, got {batch_size!r} and {epochs!r}")
 
 
 def _split(

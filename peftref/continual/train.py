@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..data import Split
 from .metrics import evaluate
 from .rehearsal import FineTune
-from .streams import Task, batches
+from .streams import Task, batches, check_batches
 
 __all__ = ["joint", "learn"]
 
@@ -100,5 +100,4 @@ def _check(model: nn.Module, tasks: Sequence[Task], *, lr: float, batch_size: in
         raise ValueError(f"tasks: expected some, each with images to train and to test on, got {sizes}")
     if not 0 <= lr < math.inf:
         raise ValueError(f"lr: expected a finite number >= 0, got {lr}")
-    if batch_size < 1 or epochs < 0:
-        raise ValueError(f"batch_size, epochs: expected at least 1 and 0, got {batch_size} and {epochs}")
+    check_batches(batch_size, epochs)

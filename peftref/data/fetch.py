@@ -9,7 +9,6 @@ under the final name from the first byte on: an interrupted download would be ta
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import hashlib
 import http.client
@@ -19,10 +18,10 @@ import tarfile
 import tempfile
 import urllib.error
 import urllib.request
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
+
+from .._replacing import replacing
 
 __all__ = ["DEFAULT_ROOT", "fetch", "fetch_cifar10", "fetch_cifar100", "fetch_fashion_mnist"]
 
@@ -100,7 +99,7 @@ def fetch(
         with path.open("rb") as file:
             if _copy(file, None, kind)[1] == expected.lower():
                 return path
-    with _beside(path) as part:
+    with replacing(path) as part:
         try:
             with urllib.request.urlopen(url, timeout=timeout) as reply, part.open("xb") as file:
                 got, digest = _copy(reply, file, kind)
@@ -118,7 +117,6 @@ def fetch(
                 f"{url}: expected {kind} {wanted}, got {digest} ({got} bytes); nothing was kept. "
                 f"The publisher changed the file, or a proxy answered in its place"
             )
-        os.replace(part, path)
     return path
 
 
@@ -142,10 +140,8 @@ def fetch_fashion_mnist(
         if (folder / name).is_file():
             continue
         packed = fetch(f"{url}{name}.gz", folder / f"{name}.gz", md5=checksum)
-        with _beside(folder / name) as part:
-            with gzip.open(packed) as source, part.open("xb") as target:
-                shutil.copyfileobj(source, target)
-            os.replace(part, folder / name)
+        with replacing(folder / name) as part, gzip.open(packed) as source, part.open("xb") as target:
+            shutil.copyfileobj(source, target)
     return folder
 
 
@@ -191,14 +187,3 @@ def _copy(source: IO[bytes] | http.client.HTTPResponse, target: IO[bytes] | None
         if target is not None:
             target.write(block)
     return count, digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A new name beside ``path`` (a rename is atomic only within a file system), removed if still there in the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        yield part
-    finally:
-        part.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from .._replacing import replace_text, replacing
 from .read import read_idx
 
 __all__ = ["balanced_rows", "cut", "to_npz"]
@@ -70,6 +71,7 @@ def to_npz(arrays: dict[str, NDArray[np.uint8]]) -> bytes:
 
 if __name__ == "__main__":
     body = to_npz(cut(Path(sys.argv[1]) if len(sys.argv) > 1 else SOURCE))
-    TARGET.write_bytes(body)
-    TARGET.with_suffix(".sha256").write_text(f"{hashlib.sha256(body).hexdigest()}  {TARGET.name}\n")
+    with replacing(TARGET) as part:
+        part.write_bytes(body)
+    replace_text(TARGET.with_suffix(".sha256"), f"{hashlib.sha256(body).hexdigest()}  {TARGET.name}\n")
     print(f"{TARGET}: {len(body):,} bytes")

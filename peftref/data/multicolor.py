@@ -127,7 +127,7 @@ def _check(x: Tensor, y: Tensor, p: float) -> None:
         raise TypeError(f"x: expected a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     if not isinstance(y, Tensor) or y.is_floating_point() or y.dtype == torch.bool:
         raise TypeError(f"y: expected a tensor of integers, got {getattr(y, 'dtype', type(y).__name__)}")
-    if x.ndim != 4 or x.shape[1] != 1 or y.shape != x.shape[:1]:
+    if x.ndim != 4 or x.shape[1] != 1 or 0 in x.shape[2:] or y.shape != x.shape[:1]:
         raise ValueError(f"x, y: expected shapes (N, 1, H, W) and (N,), got {tuple(x.shape)} and {tuple(y.shape)}")
     if not ((x >= 0) & (x <= 1)).all():
         raise ValueError(f"x: expected values in [0, 1], got {float(x.min()):.4g} to {float(x.max()):.4g}")

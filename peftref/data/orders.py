@@ -97,6 +97,7 @@ def dirichlet(delta: float, min_size: int = 10, attempts: int = 1000) -> Order:
         raise ValueError(f"delta: expected a number > 0, got {delta!r}")
 
     def order(y: Tensor, generator: torch.Generator) -> Tensor:
+        _check_labels(y)
         rng = _numpy(generator)
         _, label = np.unique(y.cpu().numpy(), return_inverse=True)
         counts = np.bincount(label)
@@ -151,6 +152,7 @@ def zipf(a: float = 2.0, head: float = 0.1, head_share: float = 0.9, attempts: i
         raise ValueError(f"a: expected an exponent > 1, got {a!r}")
 
     def order(y: Tensor, generator: torch.Generator) -> Tensor:
+        _check_labels(y)
         rng = _numpy(generator)
         classes = y.unique()
         top = max(1, int(head * len(classes)))  # the official floor gives 0 below ten classes
@@ -222,6 +224,11 @@ def power_prior(prior: Tensor, rho: float) -> Tensor:
     if not (prior > 0).all():
         raise ValueError(f"prior: expected weights > 0 (a power of 0 may be infinite), got {prior!r}")
     return (rho * prior.log()).softmax(-1)
+
+
+def _check_labels(y: Tensor) -> None:
+    if y.ndim != 1 or not len(y):
+        raise ValueError(f"y: expected a class for each of the images, (N,), N >= 1, got shape {tuple(y.shape)}")
 
 
 def _numpy(generator: torch.Generator) -> np.random.Generator:

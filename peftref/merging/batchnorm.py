@@ -31,7 +31,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: no batches.
+        ValueError: no batches, or one without samples.
     """
     layers = list(batchnorms(model).values())
     before = [({k: v.clone() for k, v in m.named_buffers()}, m.training, m.momentum) for m in layers]
@@ -41,6 +41,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
             m.reset_running_stats()
             m.train()
         for x in batches:
+            if not len(x):
+                raise ValueError("batches: expected at least one sample in each, got none")
             seen += len(x)
             for m in layers:
                 m.momentum = len(x) / seen  # running <- running + b / (n + b) (batch - running)

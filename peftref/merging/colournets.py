@@ -69,6 +69,8 @@ class ColourNets(nn.Module):
 
     def __init__(self, seeds: Sequence[int], hidden: int = 64) -> None:
         super().__init__()
+        if not seeds:
+            raise ValueError("seeds: expected at least one, got none")
         states = [_initial(seed, hidden) for seed in seeds]
         for name in states[0]:
             self.register_parameter(name, nn.Parameter(torch.stack([state[name] for state in states])))
@@ -93,6 +95,8 @@ def scenes(
         lower: another probability for the 16 patches of the lower half of the picture; default: ``p``.
         colours: 32 or 1.
     """
+    if not seeds:
+        raise ValueError("seeds: expected at least one, got none")
     worlds = []
     for seed in seeds:
         maps = colour_maps(generator_for("maps", seed), colours)
@@ -130,6 +134,10 @@ def train(
         seed: of the order of the batches and of Mixup.
         snapshots: return a list, the copies after these numbers of steps and the last one.
     """
+    if steps < 0 or batch_size < 1:
+        raise ValueError(f"steps, batch_size: expected at least 0 and 1, got {steps} and {batch_size}")
+    if x.ndim != 3 or not len(y) or x.shape[0] != len(y):
+        raise ValueError(f"x, y: expected shapes (N, R, 292) and (N,), got {tuple(x.shape)} and {tuple(y.shape)}")
     nets, generator, taken = copy.deepcopy(nets), torch.Generator().manual_seed(seed), []
     times = {"digit": 3, "patches": 49}
     groups = [{"params": [p], "eps": EPS * times.get(name, 1)} for name, p in nets.named_parameters()]

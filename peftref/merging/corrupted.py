@@ -120,6 +120,8 @@ def family(seed: int, kind: str = "plain") -> tuple[nn.Module, dict[str, dict[st
 @torch.inference_mode()
 def accuracy(model: nn.Module, state: State, data: Split) -> float:
     """Accuracy in % of the model with the tensors of ``state``; the model itself stays as it is."""
+    if data.y.ndim != 1 or not 0 < len(data.y) == len(data.x):
+        raise ValueError(f"data: expected an image for each label, got {len(data.x)} and labels {tuple(data.y.shape)}")
     blocks = zip(data.x.split(BLOCK), data.y.split(BLOCK), strict=True)
     # Kernels in the order of memory in which a processor convolves a few channels half as fast again.
     state = {n: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for n, t in state.items()}

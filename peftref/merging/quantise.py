@@ -49,6 +49,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .._replacing import replacing
 from ._checks import check_states, check_tensors
 from .core import State, widen
 
@@ -99,7 +100,8 @@ class Quantised:
         """Write a ``.safetensors`` file."""
         parts = {"codes": self.codes, "ranges": self.ranges}
         tensors = {f"{part}/{name}": t.contiguous() for part, held in parts.items() for name, t in held.items()}
-        save_file(tensors, path, metadata={"levels": str(self.levels), "kind": self.kind})
+        with replacing(path) as part:
+            save_file(tensors, part, metadata={"levels": str(self.levels), "kind": self.kind})
 
     @classmethod
     def load(cls, path: str | Path) -> Quantised:

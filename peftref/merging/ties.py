@@ -68,6 +68,8 @@ def ties(
             raise ValueError(f"{name}: expected one of {options}, got {value!r}")
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
+    if not all(map(math.isfinite, weights or ())):
+        raise ValueError(f"weights: expected finite numbers, got {weights}")
 
     def rule(name: str, w0: Tensor, ws: Sequence[Tensor]) -> Tensor:
         for what, values in (("weights", weights), ("thresholds", thresholds)):

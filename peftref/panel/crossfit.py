@@ -82,7 +82,7 @@ def check_shapes(
     """The size of the batch, if not 1."""
     shapes = [tuple(t.shape) for t in (z, targets, folds.fold)]
     sizes = {len(t) for t in (z, targets, folds.fold)} - {1}
-    if z.ndim != 3 or targets.ndim != 3 or len(sizes) > 1 or len({shape[-1] for shape in shapes}) > 1:
+    if z.ndim != 3 or targets.ndim != 3 or 0 in sizes or len(sizes) > 1 or len({shape[-1] for shape in shapes}) > 1:
         raise ValueError(f"z, targets, folds: expected (B or 1, J, n), (B or 1, q, n) and (B or 1, n), got {shapes}")
     _, j, n = z.shape
     if not 0 <= linear <= j:

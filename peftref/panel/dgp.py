@@ -101,7 +101,7 @@ def dgp_fuhr_papies_2024(
         raise ValueError(f"rho: expected a number in (-1, 1), got {rho!r}")
     _check_sizes(n_covariates=(n_covariates, 1))
     layout, size = _grid(n_units, n_periods), (n_units, n_periods)
-    seeds = list(seeds)
+    seeds = _check_seeds(seeds)
     values, drawn = torch.empty(len(seeds), 3 + n_covariates, *size, dtype=torch.float64), []
     for seed, out in zip(seeds, values.numpy(), strict=True):
         rng = np.random.default_rng(seed)
@@ -144,7 +144,7 @@ def dgp_clarke_polselli_2025(
         raise ValueError(f"design: expected 1, 2 or 3, got {design!r}")
     _check_sizes(n_covariates=(n_covariates, 3))
     layout, size, a, b = _grid(n_units, n_periods), (n_units, n_periods), 0.25, 0.5
-    seeds = list(seeds)
+    seeds = _check_seeds(seeds)
     values = torch.empty(len(seeds), 3 + n_covariates, *size, dtype=torch.float64)
     for seed, out in zip(seeds, values.numpy(), strict=True):
         rng = np.random.default_rng(seed)
@@ -169,6 +169,15 @@ def _check_sizes(**sizes: tuple[int, int]) -> None:
             raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
 
 
+def _check_seeds(seeds: Sequence[int]) -> list[int]:
+    seeds = list(seeds)
+    if not seeds:
+        raise ValueError("seeds: expected at least one, got none")
+    if not all(isinstance(seed, Integral) and seed >= 0 for seed in seeds):
+        raise ValueError(f"seeds: expected integers from 0 on, got {seeds}")
+    return seeds
+
+
 def _grid(n_units: int, n_periods: int) -> Layout:
     _check_sizes(n_units=(n_units, 1), n_periods=(n_periods, 1))
     unit, time = torch.arange(n_units).repeat_interleave(n_periods), torch.arange(n_periods).repeat(n_units)
@@ -176,8 +185,6 @@ def _grid(n_units: int, n_periods: int) -> Layout:
 
 
 def _batch(values: Tensor, layout: Layout, effect: float, drawn: list[dict[str, Any]]) -> Simulated:
-    if not len(values):
-        raise ValueError("seeds: expected at least one, got none")
     values = values.flatten(2)
     panel = Panel(values[:, 0], values[:, 1], values[:, 3:], layout)
     return Simulated(panel, values[:, 2], effect, pd.DataFrame(drawn).set_index("seed"))

@@ -42,6 +42,7 @@ class Moments(NamedTuple):
     g: Tensor
 
     def kept(self, keep: Tensor) -> Moments:
+        """Those of the rows that each model keeps: sums over the folds j with ``keep[k, j]``."""
         # eq-dml_panel-gram:  (n, s, G)_(k) = sum_j keep_kj (n, s, G)_j
         keep = keep.to(self.g.dtype)
         return Moments(self.n @ keep.T, keep @ self.s, torch.einsum("kj,...jpq->...kpq", keep, self.g))
@@ -65,6 +66,7 @@ def by_fold(rows: Tensor, fold: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def moments(columns: Tensor, counts: Tensor) -> Moments:
+    """Of columns ``(B, K, P, m)`` that are sorted into folds, zeros behind, with counts ``(B, K)``."""
     flat = columns.flatten(0, 1)
     gram = torch.bmm(flat, flat.mT).unflatten(0, columns.shape[:2])
     return Moments(counts.to(columns.dtype), columns.sum(-1), gram)

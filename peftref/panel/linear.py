@@ -28,6 +28,8 @@ LINEAR = ("simple_ols", "pols", "fe_only", "fe")
 
 def linear_residuals(estimator: str, panel: Panel, twoway: bool = False) -> tuple[Tensor, Tensor]:
     """Residuals u and v ``(B, n)`` of outcome and treatment, for one of :data:`LINEAR`."""
+    if estimator not in LINEAR:
+        raise ValueError(f"estimator: expected one of {', '.join(LINEAR)}, got {estimator!r}")
     y, w, x, layout = panel
     both = torch.stack((y, w), 1)
     if estimator in ("fe_only", "fe"):
@@ -74,6 +76,8 @@ def panel_ols(y: Any, x: Any, unit: Any, time: Any, *, effects: str = "pooled", 
         raise ValueError(f"effects: expected 'pooled', 'random' or 'fixed', got {effects!r}")
     if twoway and effects != "fixed":
         raise ValueError(f"twoway: expected effects='fixed', got {effects!r}")
+    if not isinstance(x, pd.DataFrame) and np.ndim(x) not in (1, 2):
+        raise ValueError(f"x: expected a DataFrame or an array (n, J), got {np.ndim(x)} dimensions")
     x = x if isinstance(x, pd.DataFrame) else pd.DataFrame(np.asarray(x)).rename(columns="x{}".format)
     # the row's number stands in for the treatment, which is checked for variation
     panel, _ = read_panel(y, None if y is None else range(len(y)), x, unit, time, estimator="pols")

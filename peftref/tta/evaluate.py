@@ -120,6 +120,9 @@ def run_seeds(
     Returns:
         Method -> one :class:`Run` per seed.
     """
+    if not methods or not 0 < len(models) == len(streams):
+        sizes = f"{len(methods)}, {len(models)} and {len(streams)}"
+        raise ValueError(f"methods, models, streams: expected some, and a stream for each model, got {sizes}")
     pairs = list(zip(models, streams, strict=True))
     jobs = (delayed(_one)(wrap, model, stream, options) for wrap in methods.values() for model, stream in pairs)
     runs = Parallel(n_jobs)(jobs)
@@ -149,12 +152,16 @@ def mean_error(result: Run) -> float:
 
 def running_error(result: Run, window: int = 10) -> NDArray[Any]:
     """Error in % over the last ``window`` batches, one value per batch."""
+    if window < 1:
+        raise ValueError(f"window: expected at least 1 batch, got {window!r}")
     rolling = result.batches[["wrong", "n"]].rolling(window, min_periods=1).sum()
     return (100 * rolling.wrong / rolling.n).to_numpy()
 
 
 def mean_recall(result: Run, num_classes: int) -> float:
     """Mean over the classes that occur of the per-class accuracy, in %: the metric under a shift of the prior."""
+    if num_classes <= int(result.labels.max()):
+        raise ValueError(f"num_classes: expected more than the largest label, {result.labels.max()}, got {num_classes}")
     hits = torch.bincount(result.labels[result.predictions == result.labels], minlength=num_classes)
     seen = torch.bincount(result.labels, minlength=num_classes)
     return float(100 * (hits[seen > 0] / seen[seen > 0]).mean())

@@ -72,6 +72,8 @@ class View(NamedTuple):
 
 def draw_view(size: tuple[int, int], generator: torch.Generator, flip: bool = True) -> View:
     """Draw the parameters of one view for images of ``size`` (H, W) from a CPU ``generator``."""
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size: expected (H, W), both positive, got {size!r}")
     u: list[float] = torch.rand(10, generator=generator, dtype=torch.float64).tolist()
 
     def uniform(i: int, low: float, high: float) -> float:
@@ -96,8 +98,7 @@ def draw_view(size: tuple[int, int], generator: torch.Generator, flip: bool = Tr
 
 def apply_view(x: Tensor, view: View) -> Tensor:
     """The view of images ``x`` (N, C, H, W) with values in [0, 1], C = 1 or 3: same shape, dtype and device."""
-    if x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise ValueError(f"x: expected images (N, 1 or 3, H, W), got shape {tuple(x.shape)}")
+    _check(x)
     x = _jitter(x.clamp(0, 1), view)
     x = _blur(_affine(x, view, margin=2), view.sigma)
     if view.flip:
@@ -121,10 +122,17 @@ class RandomViews:
         self.reset()
 
     def reset(self) -> None:
+        """Start the sequence again."""
         self.generator = torch.Generator().manual_seed(self.seed)
 
     def __call__(self, x: Tensor) -> Tensor:
+        _check(x)  # before a view is drawn
         return apply_view(x, draw_view((x.shape[-2], x.shape[-1]), self.generator, self.flip))
+
+
+def _check(x: Tensor) -> None:
+    if x.ndim != 4 or x.shape[1] not in (1, 3) or 0 in x.shape[2:] or not x.is_floating_point():
+        raise ValueError(f"x: expected images (N, 1 or 3, H, W), got shape {tuple(x.shape)} of {x.dtype}")
 
 
 def _grey(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from peftref._replacing import replacing
 from peftref.data import Split, load
 from peftref.merging.corrupted import DOMAINS, Corrupting, accuracy, corrupted, deal
 from peftref.models import PlainCNN, SmallCNN, fit
@@ -75,7 +76,8 @@ def main(kind: str, seed: int) -> None:
         )
         print(kind, seed, name, note[f"accuracy of {name}"], flush=True)
     note |= {"torch": torch.__version__, "script": "make_families.py"}
-    save_file(tensors, Path(__file__).parent / f"family_{kind}_{seed}.safetensors", metadata=note)
+    with replacing(Path(__file__).parent / f"family_{kind}_{seed}.safetensors") as part:
+        save_file(tensors, part, metadata=note)
 
 
 if __name__ == "__main__":

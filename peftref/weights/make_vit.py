@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from peftref._replacing import replacing
 from peftref.data import load
 from peftref.models import fit, predict
 from peftref.vit import ViT
@@ -29,7 +30,8 @@ def main() -> None:
     error = 100 * (predict(model, data.test.x).argmax(-1) != data.test.y).float().mean().item()
     note = {"data": f"fashion8k sha256 {data.sha256}", "seed": str(SEED), "epochs": str(EPOCHS), "rate": str(RATE)}
     note |= {"test_error": f"{error:.2f}", "torch": torch.__version__, "script": "make_vit.py"}
-    save_file(state, Path(__file__).parent / "vit_fashion8k.safetensors", metadata=note)
+    with replacing(Path(__file__).parent / "vit_fashion8k.safetensors") as part:
+        save_file(state, part, metadata=note)
     print(f"test error {error:.2f} %")
 
 

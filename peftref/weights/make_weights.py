@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from peftref._replacing import replacing
 from peftref.data import load
 from peftref.models import SEEDS, SmallCNN, fit, predict
 
@@ -29,7 +30,8 @@ def main() -> None:
             state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
             note = {"data": f"{name} sha256 {data.sha256}", "seed": str(seed), "epochs": str(EPOCHS)}
             note |= {"test_error": f"{error:.2f}", "torch": torch.__version__, "script": "make_weights.py"}
-            save_file(state, Path(__file__).parent / f"cnn_{name}_{seed}.safetensors", metadata=note)
+            with replacing(Path(__file__).parent / f"cnn_{name}_{seed}.safetensors") as part:
+                save_file(state, part, metadata=note)
             print(f"{name} seed {seed}: test error {error:.2f} %")
 
 

@@ -290,9 +290,10 @@ def test_optimiser_is_the_kernel(mode):
 
 
 def test_defaults_are_those_of_the_published_code():
+    """But for its threshold of 0.5, which does there what 0 does: see the test of the official mode."""
     group = CLASSP([torch.zeros(1, requires_grad=True)]).param_groups[0]
     names = ("lr", "threshold", "epsilon", "power", "apply_decay", "mode")
-    assert [group[name] for name in names] == [0.2, 0.5, 1e-5, 1.0, True, "paper"]
+    assert [group[name] for name in names] == [0.2, 0.0, 1e-5, 1.0, True, "paper"]
 
 
 def test_kernel_leaves_its_inputs_alone_and_optimiser_the_gradients():
@@ -356,7 +357,7 @@ def test_closure_is_evaluated_once_with_gradients_and_returned():
 
 def test_new_group_starts_empty_and_frozen_parameters_rest():
     net, batches = problem()
-    optimizer = CLASSP(net[0].parameters(), lr=0.01)
+    optimizer = CLASSP(net[0].parameters(), lr=0.01, threshold=0.5)
     run(net, optimizer, batches[:2])
     optimizer.add_param_group({"params": net[2].parameters(), "lr": 0.5})
     net[0].bias.requires_grad_(False)
