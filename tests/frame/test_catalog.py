@@ -55,6 +55,7 @@ def test_exactly_the_ready_methods_are_linked(text: str, base: Path) -> None:
 
 def test_writing_replaces_only_what_stands_between_the_markers(tmp_path: Path) -> None:
     (tmp_path / "book").mkdir()
+    (tmp_path / "_toc.yml").write_text("root: book/intro\n", encoding="utf-8")
     page = tmp_path / "README.md"
     page.write_text(f"before\n{readme.START}\nSTALE\n{readme.STOP}\nafter\n", encoding="utf-8")
     assert readme.main(["--check"], tmp_path) == 1 and "STALE" in page.read_text("utf-8")
