@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ LATER = {"claim": "b", "paper": None, "ours": None, "interval": None, "seeds": 0
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A results folder as seen from a chapter of the part ``toys``, with two rows written long ago."""
+    for name in [name for name in os.environ if name.startswith("PEFTREF_")]:
+        monkeypatch.delenv(name)  # switches of these tests themselves
     for name in ("toys", "_results"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "toys")
