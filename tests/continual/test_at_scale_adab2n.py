@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.testing import assert_close
@@ -20,18 +17,7 @@ from peftref.continual.replay import Reservoir
 from peftref.continual.streams import class_incremental
 from peftref.continual.train import learn
 from peftref.data import load
-
-
-def lay(root: Path, each: int = 2) -> Path:
-    """CIFAR-10's own files, shortened: the level of an image says its class."""
-    rng, folder = np.random.default_rng(0), root / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
-        y = np.tile(np.arange(10), each)
-        x = rng.integers(0, 50, (len(y), 3072)) + 20 * y[:, None]
-        (folder / name).write_bytes(pickle.dumps({b"data": x.astype(np.uint8), b"labels": y.tolist()}))
-    (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": [f"class {k}".encode() for k in range(10)]}))
-    return root
+from tests._cifar import lay_cifar10
 
 
 def thin() -> nn.Module:
@@ -61,7 +47,7 @@ def test_the_network_keeps_the_resolution_of_small_images():
 
 
 def test_end_to_end_on_laid_files(tmp_path):
-    tasks = class_incremental(load("cifar10", lay(tmp_path)), 5)
+    tasks = class_incremental(load("cifar10", lay_cifar10(tmp_path, 2)), 5)
     nets = []
 
     def build():
@@ -84,7 +70,7 @@ def test_end_to_end_on_laid_files(tmp_path):
 
 
 def test_a_row_is_what_its_pieces_give(tmp_path):
-    tasks = class_incremental(load("cifar10", lay(tmp_path)), 5)
+    tasks = class_incremental(load("cifar10", lay_cifar10(tmp_path, 2)), 5)
     table = run_at_scale(thin, tasks, {"BatchNorm": batch_norm}, buffer=20, lr=0.1, seeds=[3], device="cpu")
     with torch.random.fork_rng():
         torch.manual_seed(3)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -18,20 +14,9 @@ from peftref.merging.at_scale_bang import Upsampled, linear_probe, run_at_scale
 from peftref.merging.bang import fine_tune, outcomes
 from peftref.merging.core import merge
 from peftref.models import SmallCNN, from_timm, predict
+from tests._cifar import lay_cifar10
 
 LOSSES = {"plain": (0.0, None), "BANG": (0.1, 0.5)}
-
-
-def lay(root: Path, each: int = 6) -> Path:
-    """CIFAR-10's own files, shortened: the level of an image says its class."""
-    rng, folder = np.random.default_rng(0), root / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
-        y = np.tile(np.arange(10), each)
-        x = rng.integers(0, 50, (len(y), 3072)) + 20 * y[:, None]
-        (folder / name).write_bytes(pickle.dumps({b"data": x.astype(np.uint8), b"labels": y.tolist()}))
-    (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": [f"class {k}".encode() for k in range(10)]}))
-    return root
 
 
 def small() -> tuple[nn.Module, Dataset]:
@@ -107,7 +92,7 @@ def test_upsampling_happens_inside():
 
 
 def test_timm_model_on_laid_files_end_to_end(tmp_path):
-    cifar = load("cifar10", lay(tmp_path))
+    cifar = load("cifar10", lay_cifar10(tmp_path, 6))
     model = from_timm("test_vit.r160_in1k", num_classes=10, img_size=64)
     table = run_at_scale(
         model,
