@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import numpy as np
@@ -411,6 +412,7 @@ def test_interval_and_summary() -> None:
     assert_allclose(row[["2.5 %", "97.5 %"]], model.coef_ + np.array([-1, 1]) * 1.959963985 * model.se_, rtol=1e-9)
     assert_allclose(ends, model.coef_ + np.array([-1, 1]) * 1.644853627 * model.se_, rtol=1e-9)
     assert_allclose(row["t"], row["coef"] / row["std err"])
+    assert_allclose(row["P>|t|"], math.erfc(abs(row["t"]) / math.sqrt(2)), rtol=1e-9)  # both tails
     assert list(model.confint(0.999)) == ["0.05 %", "99.95 %"]
     for level in (0, 1, 95):
         with pytest.raises(ValueError, match="level"):
