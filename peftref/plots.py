@@ -32,8 +32,9 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -128,6 +129,9 @@ def lines(
                 sd = y.std(0, ddof=1)
                 axes.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.2, linewidth=0)
         axes.set(ylim=ylim)
+        for axis, scale in ((axes.xaxis, xscale), (axes.yaxis, yscale)):
+            if scale == "log":
+                _log_ticks(axis, "{x:g}")
         _name_ends(axes)
     return figure
 
@@ -248,6 +252,15 @@ def _colours(names: Any) -> list[str]:
     """Grey for what does nothing ("source ..."), the palette in order for the rest."""
     palette = cycle(PALETTE)
     return [GREY if str(name).lower().startswith("source") else next(palette) for name in names]
+
+
+def _log_ticks(axis: Axis, formatter: str) -> None:
+    """Under two decades 1, 2, 5, 10, ... in plain numbers, so that labels are neither few nor on top of each other."""
+    low, high = axis.get_view_interval()
+    if high < 100 * low:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(formatter)
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _name_ends(axes: Axes) -> None:

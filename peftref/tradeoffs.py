@@ -12,9 +12,7 @@ from collections.abc import Mapping
 from itertools import cycle
 from typing import Any, cast
 
-from matplotlib.ticker import LogLocator, NullFormatter
-
-from .plots import GREY, MARKERS, Plot, _colours, _labelled, style
+from .plots import GREY, MARKERS, Plot, _colours, _labelled, _log_ticks, style
 
 __all__ = ["tradeoff"]
 
@@ -55,9 +53,8 @@ def tradeoff(
         axes.set(xlabel=xlabel, ylabel=ylabel, xscale=xscale, ylim=ylim)
         axes.margins(x=0.12, y=0.1)
         if xscale == "log":
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter("{x:,.0f}")
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            _log_ticks(axes.xaxis, "{x:,.0f}")
         handles, names = axes.get_legend_handles_labels()
         marks = [cast(Any, handle).lines[0] for handle in handles]  # the mark without its bar
         figure.legend(marks, names, loc="outside lower center", ncols=4, columnspacing=1, handletextpad=0.3)

@@ -67,7 +67,13 @@ def ace_mask(logits: Tensor, y: Tensor, seen: int) -> Tensor:
 
 
 def er_ace_loss(new: Tensor, y: Tensor, seen: int, old: Tensor | None = None, y_old: Tensor | None = None) -> Tensor:
-    """ER whose new batch does not push down the old classes: those are left out of its softmax."""
+    """ER whose new batch does not push down the old classes: those are left out of its softmax.
+
+    Raises:
+        ValueError: replayed logits without their labels, or labels without logits.
+    """
+    if (old is None) != (y_old is None):
+        raise ValueError("old, y_old: expected both or neither, got " + ("y_old" if old is None else "old") + " alone")
     # The most negative finite number, not -inf: 0 times infinity would poison the gradient.
     masked = new.masked_fill(~ace_mask(new, y, seen), torch.finfo(new.dtype).min)
     # eq-continual-erace

@@ -320,6 +320,18 @@ def test_the_scale_of_the_bank() -> None:
     assert spread == pytest.approx(1 / 16, rel=0.3)  # few factors of 16 numbers, so roughly
 
 
+def test_the_scale_of_the_bank_at_a_small_rank() -> None:
+    """A factor's variance is one over its rank, not over its mode: only so do the entries keep the core's variance."""
+    adapter = TeRA(view(nn.Linear(400, 300)), in_modes=2, r=10)
+    core, factors, right = adapter.network.parts(torch.zeros(1))
+    assert [factor.shape for factor in (*factors, *right)] == [(10, 300), (10, 20), (10, 20)]
+    for factor in (*factors, *right):
+        assert factor.std().item() == pytest.approx(10**-0.5, rel=0.2)  # by the mode: 0.06 and 0.22
+    dW = [update(torch.randn(10, 100, generator=torch.Generator().manual_seed(i)) / 10, factors, right,
+                 [torch.ones(10)], [torch.ones(10)] * 2).square().mean() for i in range(30)]  # fmt: skip
+    assert torch.stack(dW).mean().item() == pytest.approx(1 / 100, rel=0.2)
+
+
 def test_files_hold_the_vectors_and_the_bank_if_asked(tmp_path) -> None:
     x = torch.randn(5, 6)
     net = stirred(bank=Bank(3))

@@ -64,6 +64,12 @@ def test_er_ace_in_loops():
     assert_close(er_ace_loss(z, y, 4, old, y_old).item(), new + naive.loop_cross_entropy(old, y_old))
 
 
+@pytest.mark.parametrize(("half", "got"), [({"old": logits(3)}, "old"), ({"y_old": labels(3)}, "y_old")])
+def test_replayed_logits_come_with_their_labels(half, got):
+    with pytest.raises(ValueError, match=f"^old, y_old: expected both or neither, got {got} alone$"):
+        er_ace_loss(logits(5), labels(5), 4, **half)
+
+
 @settings(max_examples=60, deadline=None)
 @given(seen=st.integers(1, K), y=st.lists(st.integers(0, K - 1), min_size=1, max_size=5))
 def test_the_mask_class_by_class(seen, y):

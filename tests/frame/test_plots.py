@@ -103,6 +103,25 @@ def test_names_at_the_ends_do_not_overlap() -> None:
     assert all(low.y1 <= high.y0 for low, high in zip(boxes, boxes[1:], strict=False))
 
 
+def shown(figure: Figure, way: str) -> list:
+    """The labels of an axis that are drawn within it, where they lie on the page, in order."""
+    figure.draw_without_rendering()
+    axis, page = getattr(figure.axes[0], way), getattr(figure.axes[0], f"get_{way[0]}lim")()
+    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    labels = [tick.label1 for tick in ticks if tick.label1.get_text() and page[0] <= tick.get_loc() <= page[1]]
+    return sorted((label.get_window_extent() for label in labels), key=lambda box: (box.x0, box.y0))
+
+
+@pytest.mark.parametrize("top", [0.05, 0.1, 0.3, 0.9, 1.1, 9, 90, 1e6])
+def test_numbers_of_a_logarithmic_axis_can_be_read(top: float) -> None:
+    x = torch.tensor([0.01, top])
+    figure = plots.lines(x, {"a": x}, "rate", "y (m)", xscale="log", yscale="log")
+    across, up = shown(figure, "xaxis"), shown(figure, "yaxis")
+    assert min(len(across), len(up)) >= 2
+    assert all(left.x1 < right.x0 for left, right in zip(across, across[1:], strict=False))
+    assert all(low.y1 < high.y0 for low, high in zip(up, up[1:], strict=False))
+
+
 def test_regions_are_named_once_and_may_be_silent() -> None:
     figure = plots.lines([0, 9], {"a": [1, 2]}, "t (s)", "y (m)", regions=[(0, 4, "fog"), (4, 9, "")])
     assert [text.get_text() for text in figure.axes[0].texts if text.get_text()] == ["fog", "a"]

@@ -41,6 +41,17 @@ def test_every_mark_has_its_name() -> None:
     assert plots.png(figure) == plots.png(tradeoff(POINTS, xlabel="numbers", ylabel="accuracy (%)"))
 
 
+@pytest.mark.parametrize("most", [400, 3000, 20_000, 40_000, 1e6])
+def test_costs_can_be_read(most: float) -> None:
+    figure = tradeoff({"a": (300, 1, 1), "b": (most, 2, 1)}, xlabel="numbers", ylabel="y")
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    (low, high), ticks = axes.get_xlim(), [*axes.xaxis.get_major_ticks(), *axes.xaxis.get_minor_ticks()]
+    labels = [tick.label1 for tick in ticks if tick.label1.get_text() and low <= tick.get_loc() <= high]
+    boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.x0)
+    assert labels and all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False))
+
+
 @pytest.mark.parametrize(
     ("name", "call"),
     [
