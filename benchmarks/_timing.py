@@ -2,7 +2,8 @@
 
 A benchmark module ``bench_<slug>.py`` has a function ``rows() -> list[Row]``. For each row it builds the inputs,
 checks that both sides give the same result, and calls :func:`compare`. Where the bytes or operations that no
-implementation avoids can be counted, :func:`bytes_floor` or :func:`flops_floor` says how long they alone take.
+implementation avoids can be counted, :func:`bytes_floor` or :func:`flops_floor` says how long they alone take. (Bytes
+that stay in the processor's caches are none of those: only large inputs have a floor in bytes.)
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from typing import TypedDict
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from peftref.results import hardware
 
-__all__ = ["Floor", "Row", "bytes_floor", "compare", "environment", "flops_floor", "peak_mb"]
+__all__ = ["Floor", "Row", "bytes_floor", "compare", "counted_flops", "environment", "flops_floor", "peak_mb"]
 
 
 class Floor(TypedDict):
@@ -101,9 +103,19 @@ def bytes_floor(n_bytes: float) -> Floor:
     return Floor(seconds=n_bytes / _copied_bytes(torch.get_num_threads()), what=f"{n_bytes / 1e6:.0f} MB")
 
 
-def flops_floor(flops: float) -> Floor:
-    """The time of so many additions and multiplications, at the speed of one large product of matrices in float32."""
-    return Floor(seconds=flops / _multiplied_flops(torch.get_num_threads()), what=f"{flops / 1e9:.1f} GFLOP")
+def flops_floor(flops: float, dtype: torch.dtype = torch.float32) -> Floor:
+    """The time of so many additions and multiplications, at the speed of one large product of matrices."""
+    return Floor(seconds=flops / _multiplied_flops(torch.get_num_threads(), dtype), what=f"{flops / 1e9:.3g} GFLOP")
+
+
+def counted_flops(run: Callable[[], object]) -> int:
+    """Additions and multiplications of the products and convolutions in ``run``, backward pass included.
+
+    On a CPU torch does not count those inside fused attention: what is found is the less, and still a floor.
+    """
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
 
 
 @cache
@@ -115,8 +127,8 @@ def _copied_bytes(threads: int) -> float:
 
 
 @cache
-def _multiplied_flops(threads: int) -> float:
-    a = torch.ones(1536, 1536)
+def _multiplied_flops(threads: int, dtype: torch.dtype) -> float:
+    a = torch.ones(1536, 1536, dtype=dtype)
     return 2 * len(a) ** 3 / _best(lambda: a @ a)
 
 

@@ -165,7 +165,7 @@ def bars(mean: pd.DataFrame, spread: pd.DataFrame | None = None, *, xlabel: str,
                 bar |= {"xerr": spread[name], "error_kw": {"ecolor": GREY, "capsize": 2}}
             axes.barh(at, mean[name], 0.7 / columns, **bar)
         axes.set(xlabel=xlabel, ylabel=ylabel, yticks=range(rows), yticklabels=[str(name) for name in mean.index])
-        axes.invert_yaxis()
+        axes.set_ylim(rows - 0.5, -0.5)  # the first group at the top, and no empty ends
         if columns > 1:
             figure.legend(loc="outside upper center", ncols=min(columns, 3))
     return figure

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from benchmarks._timing import Row, compare
+from benchmarks._timing import Row, compare, counted_flops, flops_floor
 from peftref.adapters.core import activate, inject
 from peftref.continual.lae import LAE, ema_
 from peftref.continual.pet import KVLoRA
@@ -44,7 +44,12 @@ def prefix(
     what = "forward and backward" if backward else "forward"
     claim = f"prefix of 10 beside {tokens} tokens, {batch} images, {heads} heads of {width}: {what}" + lse * ", again"
     peer = "two attentions and two log-sum-exps" if lse else "schedule of the published code: the matrix, divided"
-    return compare(claim, lambda: run(prefix_attention), lambda: run(peer_form), peer_name=peer, target=target)
+    # Scores and weighted sums of all tokens and prefixes; backward two products for each of them.
+    products = 4 * batch * heads * tokens * (tokens + 10) * width * (3 if backward else 1)
+    return compare(
+        claim, lambda: run(prefix_attention), lambda: run(peer_form), peer_name=peer, target=target,
+        floor=flops_floor(products),
+    )  # fmt: skip
 
 
 def learner(net: nn.Module, tasks: int = 2) -> LAE:
@@ -73,7 +78,8 @@ def experts(images: int) -> Row:
 
     torch.testing.assert_close(method.experts(x), apart(), rtol=1e-4, atol=1e-4)  # products of another batch size
     claim = f"both experts on {images} images"
-    return compare(claim, lambda: method.experts(x), apart, peer_name="one forward for each expert")
+    least = flops_floor(counted_flops(apart))
+    return compare(claim, lambda: method.experts(x), apart, peer_name="one forward for each expert", floor=least)
 
 
 def accumulation(layers: int) -> Row:
@@ -111,9 +117,11 @@ def frozen_phase(epochs: int) -> Row:
 
     # float32, features of another batch size, and Adam divides by the square root of small gradients
     torch.testing.assert_close(run(None), run(lambda x: x), rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        once = flops_floor(counted_flops(lambda: start.features(data.x)))  # each image through the network
     return compare(
         f"{epochs} frozen epochs of 96 images", lambda: run(None), lambda: run(lambda x: x),
-        peer_name="features anew for every batch", target=2.0 if epochs >= 3 else None,
+        peer_name="features anew for every batch", target=2.0 if epochs >= 3 else None, floor=once,
     )  # fmt: skip
 
 
@@ -139,7 +147,8 @@ def lora(width: int) -> Row:
 
     torch.testing.assert_close(ours(), peer(), rtol=1e-3, atol=1e-3)  # float32 sums over 400 tokens
     claim = f"LoRA of rank 5 on keys and values, width {width}, 400 tokens: forward and backward"
-    return compare(claim, ours, peer, peer_name="schedule of the published code: the dense update")
+    name = "schedule of the published code: the dense update"
+    return compare(claim, ours, peer, peer_name=name, floor=flops_floor(2 * x.numel() * 3 * width))  # the frozen layer
 
 
 def rows() -> list[Row]:

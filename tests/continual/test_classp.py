@@ -83,7 +83,8 @@ def test_a_coordinate_knows_nothing_of_the_others(seed, step, threshold):
     order = torch.randperm(len(flat[0]), generator=torch.Generator().manual_seed(seed))
     apart = classp_step(*([t[i : i + 1] for i in order] for t in flat), step, 1.5, threshold)
     for joint, single in zip(together, apart, strict=True):
-        assert torch.equal(torch.cat([t.flatten() for t in joint])[order], torch.cat(single))
+        # a vectorised power and that of a single number may differ in the last bit
+        assert_close(torch.cat([t.flatten() for t in joint])[order], torch.cat(single), rtol=1e-13, atol=1e-13)
 
 
 # --- closed forms and limiting cases ----------------------------------------------------------------------------------
