@@ -6,7 +6,7 @@ STAMP := .venv/.stamp
 HTML := _build/html/.stamp
 PAGES := $(shell find book peftref $(wildcard examples) -type f -not -path '*/vendor/*' -not -path '*/__pycache__/*' -not -name '.*')
 
-.PHONY: book test chapter execute bench mutants pdf lock clean
+.PHONY: book test chapter execute bench mutants coverage pdf lock clean
 .DELETE_ON_ERROR:
 
 # Execute the chapters whose code, modules or data have changed, write what follows from other files, build the pages.
@@ -34,6 +34,10 @@ bench: $(STAMP)
 # Does some test fail for each seeded defect?
 mutants: $(STAMP)
 	$(PY) -m tools.mutants --jobs $(JOBS)
+
+# Which lines and branches do the tests reach?
+coverage: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m tools.coverage --jobs $(JOBS)
 
 # Every page as a PDF, for paper: _build/pdf
 pdf: $(HTML)

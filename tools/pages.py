@@ -55,6 +55,10 @@ What each chapter took when it was last executed: processor time and peak memory
 included. Each runs on one thread, so on a free core the clock says about the same. `PEFTREF_RECORD=1 make execute`
 measures all of them anew; `make book` then writes this page.
 """
+MUTANTS = """\
+Seeded defects are mistakes that one could make and that run happily (a sign, a factor, a mode left on). Each is put
+into a copy of the package, and some test must fail. Of {total}, {killed} were noticed.
+"""
 
 
 def results_page(root: Path = ROOT) -> str:
@@ -107,7 +111,24 @@ def status_page(root: Path = ROOT) -> str:
     names = [name for name in names if (root / f"book/{name}.ipynb").is_file()]
     seconds = [known[name]["seconds"] for name in names if name in known]
     total = f"{len(seconds)} of {len(names)} chapters are recorded; together they took {sum(seconds)} s."
-    return "\n".join([STATUS, total, "", *_table(_cost(name, known.get(name)) for name in names), ""])
+    table = _table(_cost(name, known.get(name)) for name in names)
+    return "\n".join([STATUS, "## Chapters", "", total, "", *table, "", *_tests(root)])
+
+
+def _tests(root: Path) -> list[str]:
+    """How much of the package the tests reach, and how many of the seeded defects they noticed, when last measured."""
+    files = _read(root, "book/_results/*.json")
+    lines = ["## Tests", ""] * any(name in files for name in ("coverage", "mutants"))
+    if found := files.get("coverage"):
+        parts = [f"{found[name]['percent']:g} % of {found[name]['of']:,} {name}" for name in ("lines", "branches")]
+        how = f"`make coverage`, {found['date']}, Python {found['python']}"
+        lines += [f"The tests reach {' and '.join(parts)} of the package ({how}).", ""]
+    if found := files.get("mutants"):
+        total, killed = (sum(one[key] for one in found.values()) for key in ("total", "killed"))
+        titles = {m.slug: m.title for m in METHODS} | {part.slug: f"shared: {part.title}" for part in PARTS}
+        rows = ({"Seeded defects": titles[n], "Noticed": f"{o['killed']} / {o['total']}"} for n, o in found.items())
+        lines += [MUTANTS.format(total=total, killed=killed), *_table(rows), ""]
+    return lines
 
 
 def at_scale(row: Mapping[str, Any]) -> bool:

@@ -1130,7 +1130,7 @@ TTA: dict[str, Callable[[], Call]] = {
         cotta.CoTTA,
         dict(model=normed(), lr=0.001, momentum=0.99, restore_p=0.1, threshold=0.9, n_views=2, steps=1, seed=0),
     ),
-    "cotta.CoTTA.forward": lambda: (  # SGD, as Adam's first step is the sign of a gradient, even of one that is rounding
+    "cotta.CoTTA.forward": lambda: (  # SGD: Adam's first step is the sign of a gradient, even of rounding
         cotta.CoTTA(normed(), n_views=2, views=lambda x: x, optimizer=torch.optim.SGD),
         dict(x=t(8, 6)),
     ),

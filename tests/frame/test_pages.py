@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import _timing
 from peftref.catalog import METHODS
@@ -89,11 +90,20 @@ def test_a_floor_is_a_share_of_our_time_and_old_files_have_none(tmp_path: Path) 
 
 def test_floors_are_proportional_to_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_timing, "_copied_bytes", lambda threads: 1e10)
-    monkeypatch.setattr(_timing, "_multiplied_flops", lambda threads: 1e11)
+    monkeypatch.setattr(_timing, "_multiplied_flops", lambda threads, dtype: 1e11)
     assert _timing.bytes_floor(2e9) == {"seconds": 0.2, "what": "2000 MB"}
-    assert _timing.flops_floor(5e9) == {"seconds": 0.05, "what": "5.0 GFLOP"}
+    assert _timing.flops_floor(5e9) == {"seconds": 0.05, "what": "5 GFLOP"}
     row = _timing.compare("c", int, int, peer_name="p", floor=_timing.bytes_floor(1e6), warmup=0, repeats=1)
     assert row["floor"] == {"seconds": 1e-4, "what": "1 MB"}
+
+
+def test_products_are_counted_and_what_is_frozen_is_not_learned() -> None:
+    layer, x = torch.nn.Linear(5, 3), torch.ones(7, 5, requires_grad=True)
+    one = 2 * 7 * 5 * 3
+    assert _timing.counted_flops(lambda: layer(x)) == one
+    assert _timing.counted_flops(lambda: layer(x).sum().backward()) == 3 * one
+    layer.requires_grad_(False)
+    assert _timing.counted_flops(lambda: layer(x).sum().backward()) == 2 * one
 
 
 def test_the_state_of_each_chapter_in_the_order_of_the_book(tmp_path: Path) -> None:
@@ -110,6 +120,20 @@ def test_the_state_of_each_chapter_in_the_order_of_the_book(tmp_path: Path) -> N
     assert "1 of 2 chapters are recorded; together they took 41 s." in page
     (root / "book/_results/status.json").unlink()
     assert pages.status_page(root).count("not recorded yet") == 2
+
+
+def test_what_the_tests_reach_and_notice(tmp_path: Path) -> None:
+    coverage = {"lines": {"reached": 995, "of": 1000, "percent": 99.5}, "date": "2026-01-01", "python": "3.11",
+                "branches": {"reached": 3, "of": 4, "percent": 75.0}}  # fmt: skip
+    mutants = {"lame": {"killed": 5, "total": 6}, "tta": {"killed": 3, "total": 3}}
+    root = lay(tmp_path, coverage=coverage, mutants=mutants)
+    (root / "_toc.yml").write_text("root: book/intro", encoding="utf-8")
+    page = pages.status_page(root)
+    assert "reach 99.5 % of 1,000 lines and 75 % of 4 branches of the package (`make coverage`, 2026-01-01, Py" in page
+    assert "Of 9, 8 were noticed." in page and cells(page, "LAME")[1] == "5 / 6" and cells(page, "shared")[1] == "3 / 3"
+    for name in ("coverage", "mutants"):
+        (root / f"book/_results/{name}.json").unlink()
+    assert "## Tests" not in pages.status_page(root)
 
 
 def test_a_benchmark_without_a_place_is_refused(tmp_path: Path) -> None:

@@ -567,7 +567,7 @@ def test_parameters_of_any_name_are_trained_and_restored():
     """The published code takes ``weight`` and ``bias`` only, and leaves a ViT's embeddings where they are."""
     torch.manual_seed(0)
     net = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=4, pretrained=False)
-    # As they come, head and gradient are almost zero; a head that is too loud saturates, and there is no gradient either.
+    # As they come, head and gradient are almost zero; a loud head saturates, and there is no gradient either.
     nn.init.normal_(net.cls_token), nn.init.normal_(net.head.weight, std=0.1)
     method = CoTTA(net, n_views=2, threshold=ALWAYS, restore_p=0.0)
     method(images(3, channels=3, size=32, dtype=torch.float))
