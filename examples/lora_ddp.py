@@ -5,7 +5,7 @@
 
 Every process draws the same batch and takes every n-th image of it. DistributedDataParallel averages the gradients, and
 a mean over equal shares is the mean over the batch: the result is that of one process, up to rounding. Only what is
-trained is sent between processes: a hundredth of the network.
+trained is sent between processes: here a twelfth of the network.
 """
 
 from __future__ import annotations

@@ -54,9 +54,9 @@ PARTS = (
     Part("continual", "Continual learning", "one model over a stream of tasks"),
     Part("merging", "Model merging", "finished weights, by arithmetic"),
     Part("sharing", "Weight sharing", "one set of weights, many networks"),
-    Part("training", "Training rules", "the training rule itself"),
-    Part("shift", "Domain shift", "across domains and environments"),
-    Part("panel", "Panel data", "causal estimates to unobserved heterogeneity"),
+    Part("training", "Training rules", "how weights are updated"),
+    Part("shift", "Domain shift", "a model to new domains and environments"),
+    Part("panel", "Panel data", "effect estimates that allow for unobserved differences"),
     Part("decisions", "Decisions", "a policy to changing conditions"),
 )
 

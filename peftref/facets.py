@@ -14,6 +14,7 @@ from itertools import cycle
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .plots import GREY, PALETTE, Plot, _array, _labelled, style
 
@@ -47,8 +48,7 @@ def boxes(
     with style():
         figure = Plot(height=height)
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-        for axes in grid.flat[len(panels) :]:
-            axes.set_visible(False)
+        _leave_out(grid, len(panels))
         for axes, (title, methods) in zip(grid.flat, panels.items(), strict=False):
             if truth is not None:
                 axes.axvline(truth, color=GREY, linewidth=1, zorder=0)
@@ -93,8 +93,7 @@ def scatter(
     with style():
         figure = Plot(height=0.7 + 2.0 * rows)
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-        for axes in grid.flat[len(panels) :]:
-            axes.set_visible(False)
+        _leave_out(grid, len(panels))
         ends = np.array([-1, 1]) * max(np.abs(x).max() for x, _ in points.values())
         for axes, (title, (x, y)), colour in zip(grid.flat, points.items(), cycle(PALETTE), strict=False):
             axes.plot(x, y, ".", color=colour, markersize=2.5, alpha=0.35, markeredgewidth=0)
@@ -106,3 +105,11 @@ def scatter(
         figure.supxlabel(xlabel, size=11, color=GREY)
         figure.supylabel(ylabel, size=11, color=GREY)
     return figure
+
+
+def _leave_out(grid: NDArray[Any], n: int) -> None:
+    """No panels after the n-th; those that now have nothing below them get the numbers of the axis."""
+    for axes in grid.flat[n:]:
+        axes.set_visible(False)
+    for axes in grid[:-1].flat[max(0, n - grid.shape[1]) :]:
+        axes.tick_params(labelbottom=True)

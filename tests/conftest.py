@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserType
 
 ROOT = Path(__file__).resolve().parents[1]
-# A chapter should run in 45 s on two free cores; the longest take two minutes, three times that on a shared machine.
+# A chapter should run in 45 s; the longest take up to four minutes of a free core, and longer on a shared machine.
 CHAPTER_SECONDS = float(os.environ.get("PEFTREF_CHAPTER_SECONDS", 400))
 # As root Chromium has no sandbox; the rest keeps it from looking for its maker's hosts.
 CHROMIUM = [

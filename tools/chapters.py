@@ -125,7 +125,7 @@ def tidy(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 async def execute(
-    path: Path, root: Path = ROOT, *, timeout: int = 600, threads: int = 1, tick: Callable[..., object] | None = None
+    path: Path, root: Path = ROOT, *, timeout: int = 600, tick: Callable[..., object] | None = None
 ) -> None:
     """Execute a notebook in place, and :func:`note` its cost if recording. If a cell raises, the file stays as it was.
 
@@ -150,7 +150,8 @@ async def execute(
     if tick is not None:
         client.on_cell_executed = tick
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": str(threads)}
+    # One thread: the products of a chapter are small, and threads would mostly wait for each other.
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
     await client.async_execute(cwd=str(path.parent), env=env)
     answer = "".join(out.text for out in nb.cells.pop().outputs if out.get("name") == "stdout")
     modules, *cost = map(json.loads, answer.splitlines())
@@ -179,7 +180,6 @@ async def execute_all(paths: list[Path], root: Path = ROOT, *, jobs: int = 1, ti
     """Execute notebooks, ``jobs`` at a time, under one progress bar; returns the error message of each that failed."""
     failed: dict[Path, str] = {}
     turn = asyncio.Semaphore(jobs)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
     cells = sum(c.cell_type == "code" for p in paths for c in nbformat.read(p, as_version=4).cells) + len(paths)
     with tqdm(total=cells, unit="cell", desc=f"{len(paths)} chapter(s)", disable=not paths) as bar:
 
@@ -187,7 +187,7 @@ async def execute_all(paths: list[Path], root: Path = ROOT, *, jobs: int = 1, ti
             async with turn:
                 bar.set_postfix_str(path.relative_to(root / "book").with_suffix("").as_posix())
                 try:
-                    await execute(path, root, timeout=timeout, threads=threads, tick=lambda **_: bar.update())
+                    await execute(path, root, timeout=timeout, tick=lambda **_: bar.update())
                 except (CellExecutionError, CellTimeoutError, DeadKernelError, RuntimeError) as error:
                     failed[path] = str(error)
 

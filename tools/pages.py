@@ -27,22 +27,26 @@ RESULTS = """\
 # Results
 
 What each chapter found, beside what the paper reports. Every row is written by the chapter that measures it, and a run
-that gives another number fails. *Where* is the place of the claim or number in the paper; *ours* marks a question that
-the paper does not ask. *Ours* is the mean over the seeds with one standard deviation. The status says whether the
-claim held in our setting: matched, close, differs (the chapter shows why) or not run.
+whose number is off by more than the spread and a small allowance fails. *Where* is the place of the claim or number in
+the paper; *ours* marks a question that the paper does not ask. *Ours* is the mean over the seeds with one standard
+deviation (in the panel chapter one standard error). The status says whether the claim held in our setting: matched,
+close (nearly, or in part), differs (the chapter shows why) or not run.
 
 Two kinds of rows are kept apart. What runs **on a CPU, in the chapter**, is small: small networks, small images. It
 shows whether an effect exists and what it depends on; it can neither confirm nor refute a number measured on ImageNet.
 What needs **a GPU** takes the paper's backbones and data.
 
 Below each table stand its settings, first those that all rows have, then by letter those that differ; and how, where
-and with what the rows were measured.
+and with what the rows were measured, in the run that first gave these numbers. What a chapter takes today stands on the
+[status](status.md) page.
 """
 SPEED = """\
 # Speed
 
-Each row first checks that our code and a peer give the same result, then times them in turn in one process. The ratio
-is the peer's median time over ours: above 1 we are faster. A target is what we promise. Memory is the peak of what was
+Where a peer computes the same thing, a row first checks that both results are equal; rows against another method
+compare the cost alone. The two are then timed in turn in one process. The ratio is the peer's median time over ours:
+above 1 we are faster. A target is the ratio that we aim at; where it is missed, the row says so. Numbers of one table
+were measured together, those of different tables perhaps on different machines. Memory is the peak of what was
 allocated beyond the inputs. Where a *floor* is given, it is the time that the bytes or operations which no
 implementation can avoid take on this machine, at the speed of a plain copy or of one large product of matrices in the
 same process, as a share of our time: at 100 % nothing is left to gain. `make bench` measures everything anew;
@@ -217,9 +221,9 @@ def _speed(row: Mapping[str, Any], floors: bool) -> dict[str, str]:
         "What": row["claim"],
         "Peer": row["peer"],
         "Ratio": f"{row['ratio']:.2f}",
-        "Target": _number(row["target"]),
-        "Ours (ms)": f"{1e3 * row['ours_s']:.1f}",
-        "Peer (ms)": f"{1e3 * row['peer_s']:.1f}",
+        "Target": _number(row["target"]) + " (missed)" * (row["target"] is not None and row["ratio"] < row["target"]),
+        "Ours (ms)": _milliseconds(row["ours_s"]),
+        "Peer (ms)": _milliseconds(row["peer_s"]),
         "Ours (MB)": f"{row['ours_peak_mb']:.1f}",
         "Peer (MB)": f"{row['peer_peak_mb']:.1f}",
     }
@@ -227,6 +231,10 @@ def _speed(row: Mapping[str, Any], floors: bool) -> dict[str, str]:
         floor = row.get("floor")  # files written before there were floors have none
         cells["Floor"] = f"{100 * floor['seconds'] / row['ours_s']:.0f} % ({floor['what']})" if floor else ""
     return cells
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f}" if seconds >= 1e-3 else f"{1e3 * seconds:.3f}"
 
 
 def _number(value: float | None) -> str:

@@ -36,6 +36,20 @@ def test_values_outside_the_range_stay_in_sight() -> None:
     assert fliers.tolist() == [1.0]
 
 
+@pytest.mark.parametrize(("n", "columns"), [(1, 1), (2, 3), (4, 2), (5, 3), (7, 3)])
+def test_every_column_has_its_numbers(n: int, columns: int) -> None:
+    cloud = {name: (np.arange(3.0), np.arange(3.0)) for name in cases(n)}
+    for figure in (
+        facets.boxes(cases(n), xlabel="x", columns=columns),
+        facets.scatter(cloud, xlabel="x", ylabel="y", columns=columns),
+    ):
+        figure.draw_without_rendering()
+        shown = [axes for axes in figure.axes if axes.get_visible()]
+        assert len(shown) == n
+        numbered = [any(t.label1.get_visible() for t in axes.xaxis.get_major_ticks()) for axes in shown]
+        assert numbered == [i + columns >= n for i in range(n)]  # those with nothing below, and no others
+
+
 def test_scatter_draws_points_and_lines() -> None:
     x = np.linspace(-2, 2, 9)
     figure = facets.scatter({"a": (x, 3 * x)}, xlabel="v", ylabel="u", slopes={"a": 3.0}, truth=1.0, columns=1)

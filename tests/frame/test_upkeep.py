@@ -64,19 +64,21 @@ def test_the_oldest_and_the_newest_are_tested() -> None:
 
 def test_every_part_is_in_the_runs_without_the_lock() -> None:
     parts = {p.parent.name for p in (ROOT / "tests").glob("*/test_*.py")} - {"frame"}
+    parts |= {p.stem for p in (ROOT / "tests").glob("test_*.py")}
     for job in (jobs("test")["range"], jobs("weekly")["nightly"]):
-        assert set(re.findall(r"tests/(\w+)", commands(job))) == parts
+        assert set(re.findall(r"tests/(\w+)", commands(job))) == parts and commands(job).rstrip().endswith(" peftref")
 
 
 def test_the_weekly_run_starts_cold_and_reports() -> None:
     weekly = jobs("weekly")
-    assert "colab-images" in weekly["colab"]["container"] and "cache" not in json.dumps(weekly)
+    assert "colab-images" in weekly["colab"]["env"]["IMAGE"] and "cache" not in json.dumps(weekly)
     assert "diff before after" in commands(weekly["colab"])
+    assert "gh label create weekly" in commands(weekly["report"])
     assert set(weekly["report"]["needs"]) == {*weekly} - {"report"} and weekly["report"]["if"] == "failure()"
 
 
 def test_container_and_binder_take_the_lock() -> None:
     container = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text(encoding="utf-8"))
-    assert container["postCreateCommand"] == "make .venv/.stamp"
+    assert container["postCreateCommand"].endswith("chromium libgl1 && make .venv/.stamp")
     conda = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     assert conda["dependencies"][-1]["pip"] == ["-r requirements.lock", "-e ."]
