@@ -21,7 +21,7 @@ from peftref._replacing import replace_text
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = "book/_results/coverage.json"
 OPTIONS = "addopts=--import-mode=importlib --doctest-modules"  # without the chapters: their cells are no tests
-OURS = "tests/frame/test_coverage.py::test_what_is_recorded_is_enough"  # reads what only this run writes
+OURS = "tests/frame/test_coverage.py::test_what_is_recorded_is_enough"  # a low record would stay for ever
 
 
 def reached(report: dict[str, Any]) -> dict[str, Any]:
