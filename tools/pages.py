@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -102,8 +102,9 @@ def speed_page(root: Path = ROOT) -> str:
                 f"`{found['command']}`, {found['date']}: {_machine(found)}; {versions}.",
                 "",
             ]
-            floors = any(row.get("floor") for row in found["rows"])
-            lines += [*_table(_speed(row, floors) for row in found["rows"]), ""]
+            # a file written before there were floors has none
+            optional = {key for key in ("target", "floor") if any(row.get(key) for row in found["rows"])}
+            lines += [*_table(_speed(row, optional) for row in found["rows"]), ""]
     return "\n".join(lines)
 
 
@@ -216,19 +217,15 @@ def _versions(run: Mapping[str, Any]) -> str:
     return ", ".join(f"{names[key]} {value}" for key, value in run["versions"].items())
 
 
-def _speed(row: Mapping[str, Any], floors: bool) -> dict[str, str]:
-    cells = {
-        "What": row["claim"],
-        "Peer": row["peer"],
-        "Ratio": f"{row['ratio']:.2f}",
-        "Target": _number(row["target"]) + " (missed)" * (row["target"] is not None and row["ratio"] < row["target"]),
-        "Ours (ms)": _milliseconds(row["ours_s"]),
-        "Peer (ms)": _milliseconds(row["peer_s"]),
-        "Ours (MB)": f"{row['ours_peak_mb']:.1f}",
-        "Peer (MB)": f"{row['peer_peak_mb']:.1f}",
-    }
-    if floors:
-        floor = row.get("floor")  # files written before there were floors have none
+def _speed(row: Mapping[str, Any], optional: Collection[str]) -> dict[str, str]:
+    cells = {"What": row["claim"], "Peer": row["peer"], "Ratio": f"{row['ratio']:.2f}"}
+    if "target" in optional:
+        missed = row["target"] is not None and row["ratio"] < row["target"]
+        cells["Target"] = _number(row["target"]) + " (missed)" * missed
+    cells["Time, ours and peer's (ms)"] = f"{_milliseconds(row['ours_s'])}, {_milliseconds(row['peer_s'])}"
+    cells["Memory (MB)"] = f"{row['ours_peak_mb']:.1f}, {row['peer_peak_mb']:.1f}"
+    if "floor" in optional:
+        floor = row.get("floor")
         cells["Floor"] = f"{100 * floor['seconds'] / row['ours_s']:.0f} % ({floor['what']})" if floor else ""
     return cells
 

@@ -77,15 +77,22 @@ def test_small_and_large_rows_stand_in_tables_of_their_own(tmp_path: Path) -> No
 
 def test_a_benchmark_in_its_row(tmp_path: Path) -> None:
     page = pages.speed_page(lay(tmp_path, speed_lame=MACHINE | {"rows": [SPEED]}))
-    assert cells(page, "step") == ["step", "peft", "2.00", "", "500.0", "1000.0", "1.0", "3.0"]
+    assert cells(page, "step") == ["step", "peft", "2.00", "500.0, 1000.0", "1.0, 3.0"]
     assert "2026-01-01: Some CPU, 2 threads; Python 3.11, torch 2.9." in page
+
+
+def test_a_missed_target_is_said(tmp_path: Path) -> None:
+    rows = [SPEED, SPEED | {"claim": "held", "target": 2.0}, SPEED | {"claim": "short", "target": 2.5, "peer_s": 1e-4}]
+    page = pages.speed_page(lay(tmp_path, speed_lame=MACHINE | {"rows": rows}))
+    assert [cells(page, claim)[3] for claim in ("What", "step", "held", "short")] == ["Target", "", "2", "2.5 (missed)"]
+    assert cells(page, "short")[4] == "500.0, 0.100"
 
 
 def test_a_floor_is_a_share_of_our_time_and_old_files_have_none(tmp_path: Path) -> None:
     above = SPEED | {"claim": "above", "floor": {"seconds": 0.2, "what": "235 MB"}}
     none = SPEED | {"claim": "none", "floor": None}
     page = pages.speed_page(lay(tmp_path, speed_lame=MACHINE | {"rows": [SPEED, above, none]}))
-    assert [cells(page, claim)[8] for claim in ("What", "step", "above", "none")] == ["Floor", "", "40 % (235 MB)", ""]
+    assert [cells(page, claim)[5] for claim in ("What", "step", "above", "none")] == ["Floor", "", "40 % (235 MB)", ""]
 
 
 def test_floors_are_proportional_to_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
