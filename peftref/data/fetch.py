@@ -171,7 +171,12 @@ def _fetch_archive(archive: Archive, root: Path, url: str, md5: str | None) -> P
     packed = fetch(f"{url}{archive.name}", root / archive.name, md5=archive.md5 if md5 is None else md5)
     with tempfile.TemporaryDirectory(dir=root, prefix=f".{archive.folder}.") as unpacked:
         with tarfile.open(packed) as tar:
-            tar.extractall(unpacked, filter="data")  # "data": no path can leave the folder
+            for member in tar.getmembers():
+                name = Path(member.name)
+                if not (member.isfile() or member.isdir()) or name.is_absolute() or ".." in name.parts:
+                    raise ValueError(f"{archive.name}: expected files inside its folder, got {member.name!r}")
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)  # not in Python 3.11.3 and before
+            tar.extractall(unpacked)
         folder.mkdir(exist_ok=True)
         for path in Path(unpacked, archive.folder).iterdir():
             os.replace(path, folder / path.name)

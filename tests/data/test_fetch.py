@@ -227,11 +227,17 @@ def test_cifar_is_laid_out_for_torchvision_and_load(site: Site, tmp_path: Path, 
         assert theirs.targets == split.y.tolist()
 
 
-def test_an_archive_cannot_write_outside_its_folder(site: Site, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("../../escaped", tarfile.REGTYPE), ("/tmp/escaped", tarfile.REGTYPE), ("link", tarfile.SYMTYPE)],
+)
+def test_an_archive_cannot_write_outside_its_folder(site: Site, tmp_path: Path, name: str, kind: bytes) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        tar.addfile(tarfile.TarInfo("../../escaped"))
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = kind, "/etc/passwd"
+        tar.addfile(member)
     (site.folder / CIFAR10.name).write_bytes(buffer.getvalue())
-    with pytest.raises(tarfile.OutsideDestinationError):
+    with pytest.raises(ValueError, match=f"expected files inside its folder, got '{name}'"):
         fetch_cifar10(tmp_path / "root", url=site.url, md5=hashlib.md5(buffer.getvalue()).hexdigest())
     assert files(tmp_path / "root") == [CIFAR10.name] and not (tmp_path / "escaped").exists()
