@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from peftref.adapters.core.files import save
+from peftref.adapters.core.injection import inject
 from torch.nn.parallel import DistributedDataParallel
 
-from peftref.adapters.core import inject
-from peftref.adapters.files import save
-from peftref.adapters.lora import LoRA
-from peftref.adapters.tasks import LINEARS, fresh, shifted
+from peftref.adapters.baselines.lora import LoRA
+from peftref.adapters.experiments.transfer import LINEARS, fresh, shifted
 
 
 def main(out: Path | None, steps: int, batch_size: int, lr: float) -> None:

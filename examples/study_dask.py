@@ -17,8 +17,8 @@ import pandas as pd
 from dask.distributed import Client
 from joblib import parallel_config
 
-from peftref.panel.dgp import dgp_fuhr_papies_2024
-from peftref.panel.study import monte_carlo
+from peftref.panel.experiments.dgp import dgp_fuhr_papies_2024
+from peftref.panel.experiments.study import monte_carlo
 
 ESTIMATORS = ("pooled", "fe", "late", "cre")
 simulate = partial(dgp_fuhr_papies_2024, "C", "u-shaped", n_units=200)

@@ -28,7 +28,7 @@ from IPython.display import HTML, display
 from matplotlib.figure import Figure
 from PIL import Image
 
-from peftref import plots
+from peftref.plots.house import PIXELS, png
 
 __all__ = ["BUDGET", "Explorer", "explore"]
 
@@ -101,8 +101,8 @@ def _html(shown: Figure | str, alt: str) -> str:
     if isinstance(shown, str):
         return shown
     buffer = io.BytesIO()
-    Image.open(io.BytesIO(plots.png(shown))).save(buffer, format="webp", lossless=True, exact=True)
-    width = round(shown.get_figwidth() * plots.PIXELS)
+    Image.open(io.BytesIO(png(shown))).save(buffer, format="webp", lossless=True, exact=True)
+    width = round(shown.get_figwidth() * PIXELS)
     data = b64encode(buffer.getvalue()).decode()
     return (
         f'<img alt="{escape(alt)}" class="dark-light" width="{width}" style="max-width: 100%; height: auto" '

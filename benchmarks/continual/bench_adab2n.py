@@ -11,9 +11,9 @@ from torch.testing import assert_close
 
 from benchmarks._timing import Row, compare, counted_flops, flops_floor
 from peftref.continual.adab2n import AdaB2N, adaptation_loss, balance, begin_task, convert, task_batch
-from peftref.continual.rehearsal import DERpp
-from peftref.continual.replay import Reservoir
-from peftref.continual.streams import class_incremental
+from peftref.continual.baselines.rehearsal import DERpp
+from peftref.continual.core.replay import Reservoir
+from peftref.continual.core.streams import class_incremental
 from peftref.data import load
 from peftref.models import SmallCNN
 from tests._naive.adab2n import PublishedAdaB2N

@@ -8,8 +8,8 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 
 from benchmarks._timing import Floor, Row, compare, flops_floor
+from peftref.continual.core.lda import LDA, moments
 from peftref.continual.fsa import cosine_distance
-from peftref.continual.lda import LDA, moments
 from tests._naive.fsa import published_head, published_logits
 
 SKLEARN = "scikit-learn's LinearDiscriminantAnalysis, refitted to all features after each session"

@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 
 import torch
+from peftref.adapters.core.injection import activate, inject
 from torch import Tensor, nn
 
 from benchmarks._timing import Row, compare, counted_flops, flops_floor
-from peftref.adapters.core import activate, inject
+from peftref.continual.core.prefix import prefix_attention
+from peftref.continual.core.small_modules import KVLoRA
 from peftref.continual.lae import LAE, ema_
-from peftref.continual.pet import KVLoRA
-from peftref.continual.prefix import prefix_attention
 from peftref.data import Split
-from peftref.vit import pretrained_vit
+from peftref.models.vit import pretrained_vit
 from tests._naive.lae import (
     materialised_lse,
     published_ema,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks._timing import Row, compare, counted_flops, flops_floor
-from peftref.continual.ewc import diagonal_fisher
-from peftref.continual.rehearsal import DERpp
-from peftref.continual.replay import Reservoir
+from peftref.continual.baselines.ewc import diagonal_fisher
+from peftref.continual.baselines.rehearsal import DERpp
+from peftref.continual.core.replay import Reservoir
 from peftref.models import PlainCNN
 from tests._naive.ewc import loop_fisher
 from tests._naive.rehearsal import LoopReservoir

@@ -6,17 +6,17 @@ import math
 
 import torch
 import torch.nn.functional as F
+from peftref.merging.core.loop import merge
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from benchmarks._timing import Row, bytes_floor, compare
 from peftref.data import load
-from peftref.data._domains import generator_for
-from peftref.data.multicolor import colour_maps, multicolor
-from peftref.merging import spurious
-from peftref.merging.arithmetic import wise_ft
-from peftref.merging.colournets import ColourNets, scenes, train
-from peftref.merging.core import merge
+from peftref.data.domains import generator_for
+from peftref.merging.baselines.arithmetic import wise_ft
+from peftref.merging.experiments import spurious
+from peftref.merging.experiments.colournets import ColourNets, scenes, train
+from peftref.merging.experiments.multicolor import colour_maps, multicolor
 from tests._naive.bang import Models, quad_accuracy
 from tests._naive.multicolor import loop_paint
 
@@ -73,7 +73,7 @@ def theory() -> Row:
     p, shared, classes = torch.linspace(0.1, 1, 10)[:, None].double(), torch.arange(0, 21, 4), 10
 
     def ours() -> Tensor:
-        return spurious.accuracy(spurious.margin_wse(p, 2, 20, n_so=shared), p, classes)
+        return spurious.spurious_accuracy(spurious.margin_wse(p, 2, 20, n_so=shared), p, classes)
 
     def peer() -> Tensor:
         x = spurious.margin_wse(p, 2, 20, n_so=shared)

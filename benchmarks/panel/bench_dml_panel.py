@@ -23,13 +23,13 @@ from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from threadpoolctl import threadpool_limits
 
 from benchmarks._timing import Row, compare
-from peftref.panel.columns import Panel
-from peftref.panel.dgp import Simulated, dgp_fuhr_papies_2024
+from peftref.panel.core.columns import Panel
+from peftref.panel.core.folds import Folds, make_folds
+from peftref.panel.core.inference import standard_error
+from peftref.panel.core.ridge import monomials
 from peftref.panel.dml_panel import PanelDML
-from peftref.panel.folds import Folds, make_folds
-from peftref.panel.inference import standard_error
-from peftref.panel.ridge import monomials
-from peftref.panel.study import estimate
+from peftref.panel.experiments.dgp import Simulated, dgp_fuhr_papies_2024
+from peftref.panel.experiments.study import estimate
 
 CELLS = [(structure, shape) for shape in ("linear", "u-shaped") for structure in "ABC"]
 PLPR = {"early": "wg_approx", "cre_general": "cre_general", "cre_normal": "cre_normal", "fd": "fd_exact"}

@@ -16,8 +16,8 @@ from benchmarks._timing import Row, bytes_floor, compare
 from peftref.data import load
 from peftref.data.corruptions import corrupt
 from peftref.models import pretrained
+from peftref.tta.core.views import View, apply_view, draw_view
 from peftref.tta.cotta import CoTTA
-from peftref.tta.views import View, apply_view, draw_view
 from tests._naive.cotta import PublishedCoTTA, published_configure, published_ema, published_restore, published_view
 
 PEER = "schedule of the published code (tests/_naive/cotta.py)"

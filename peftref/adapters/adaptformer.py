@@ -30,8 +30,8 @@ asks which keys a checkpoint lacked, and fails with ``--eval``. Its third place 
 (``"out"``), is left out: it divides :math:`s` away again.
 
 >>> import torch
->>> from peftref.adapters.core import adapters, inject
->>> from peftref.vit import ViT
+>>> from peftref.adapters.core.injection import adapters, inject
+>>> from peftref.models.vit import ViT
 >>> net, x = ViT(embed_dim=32, depth=2).eval(), torch.rand(3, 1, 28, 28)
 >>> before = net(x)
 >>> inject(net, AdaptFormer, r"blocks\.\d+", bottleneck=4)          # whole blocks
@@ -55,10 +55,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contract import Adapter
-from .core import adapters
-from .inputs import watching
-from .layers import Layer
+from .core.activations import watching
+from .core.adapter import Adapter
+from .core.injection import adapters
+from .core.layers import Layer
 
 __all__ = ["AdaptFormer", "branch", "dead_share", "head", "width"]
 

@@ -42,7 +42,7 @@ tensor([[1., 2., 1., 2.],
         [3., 4., 3., 4.]])
 >>> pool(torch.arange(5.), 2)                                             # 0 + 2 + 4, 1 + 3
 tensor([6., 4.])
->>> from peftref.adapters.core import adapters, inject, merge
+>>> from peftref.adapters.core.injection import adapters, inject, merge
 >>> net, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)), torch.randn(5, 8)
 >>> before = net(x)
 >>> inject(net, Bone, ["0", "2"], r=2)
@@ -67,8 +67,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contract import Adapter
-from .layers import Layer, view
+from .core.adapter import Adapter
+from .core.layers import Layer, view
 
 __all__ = ["Bone", "bat", "pool", "pooled", "tiles"]
 

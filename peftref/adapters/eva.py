@@ -38,7 +38,7 @@ updates of any rank keep one scale.
 >>> found = collect(net, ["0", "2"], batches, r=2)      # the model is only looked at
 >>> sum(found.ranks.values()), found.batches
 (4, 4)
->>> names = inject_eva(net, found)                      # LoRA: everything in peftref.adapters.core applies
+>>> names = inject_eva(net, found)                      # LoRA: everything in peftref.adapters.core.injection applies
 >>> torch.equal(net(batches[0]), before)                # B = 0
 True
 """
@@ -54,12 +54,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .core import build, install
-from .finding import find
-from .inputs import rows, run, together, token_mask, watching
-from .layers import view
-from .lora import LoRA
-from .spectra import Moments, Spectrum, absorb, agreement
+from .baselines.lora import LoRA
+from .core.activations import rows, run, together, token_mask, watching
+from .core.injection import build, install
+from .core.layers import view
+from .core.spectra import Moments, Spectrum, absorb, agreement
+from .core.targets import find
 
 __all__ = ["Directions", "collect", "inject_eva", "redistribute", "start"]
 
@@ -137,22 +137,22 @@ def collect(
 
     Args:
         model: any module.
-        targets, exclude: as in :func:`~peftref.adapters.core.inject`.
+        targets, exclude: as in :func:`~peftref.adapters.core.injection.inject`.
         batches: of the new task, such as a ``DataLoader``; of a kind that ``forward`` can run. Passed through once.
         r: ranks a layer gets on average (8: PEFT's default).
         rho: no layer gets more than ``rho * r`` (2: PEFT's default); 1 gives each ``r``.
         max_batches: of them to look at (64: ours).
         route: "gram" (exact, an ``(i, i)`` matrix for each input), "incremental" (the paper's, exact SVD of each step),
             "lowrank" (approximate, as PEFT's), or "auto": "gram" up to 2048 inputs, "lowrank" above.
-        center: as in :func:`~peftref.adapters.spectra.absorb`.
-        tau: a layer on an incremental route rests as long as its :func:`~peftref.adapters.spectra.agreement` is this
-            high, and collecting ends when all rest (0.99: PEFT's default).
-        subspace: as in :func:`~peftref.adapters.spectra.agreement`.
+        center: as in :func:`~peftref.adapters.core.spectra.absorb`.
+        tau: a layer on an incremental route rests as long as its :func:`~peftref.adapters.core.spectra.agreement` is
+            this high, and collecting ends when all rest (0.99: PEFT's default).
+        subspace: as in :func:`~peftref.adapters.core.spectra.agreement`.
         mask: batch -> which tokens count (True), in the shape of all layers' inputs but the last axis; None for all.
         forward: runs the model on a batch, ``forward(model, batch)``.
 
     Raises:
-        TypeError: as in :func:`~peftref.adapters.core.inject`.
+        TypeError: as in :func:`~peftref.adapters.core.injection.inject`.
         ValueError: an option outside its range, no batches, a layer that no batch reaches, inputs that are not finite,
             or a mask that does not fit a layer's input.
     """
@@ -194,7 +194,7 @@ def inject_eva(
     model: nn.Module, found: Directions, *, ranks: Mapping[str, int] | None = None, whiten: bool = False,
     adjust: bool = True, lora_alpha: float = 8, name: str = "default", freeze: bool = True, **options: Any,
 ) -> list[str]:  # fmt: skip
-    """Put :class:`~peftref.adapters.lora.LoRA` with EVA's directions and ranks into the model, in place.
+    """Put :class:`~peftref.adapters.baselines.lora.LoRA` with EVA's directions and ranks into the model, in place.
 
     Make the optimizer afterwards. A file of the adapter is LoRA's, with ``rank_pattern`` and ``alpha_pattern``.
 
@@ -204,14 +204,14 @@ def inject_eva(
         ranks: by layer, instead of those found.
         whiten: as in :func:`start` (False: PEFT's default; said to help in vision).
         adjust: scale ``lora_alpha`` with a layer's rank, so that all updates keep one scale (True: PEFT's default).
-        lora_alpha, name, freeze, options: as of LoRA and :func:`~peftref.adapters.core.inject`.
+        lora_alpha, name, freeze, options: as of LoRA and :func:`~peftref.adapters.core.injection.inject`.
 
     Returns:
         The full names of the adapted layers; those of rank 0 are left out.
 
     Raises:
         ValueError: ranks of unknown layers, outside of what was found, or all 0; otherwise as in
-            :func:`~peftref.adapters.core.inject`.
+            :func:`~peftref.adapters.core.injection.inject`.
     """
     ranks = dict(found.ranks if ranks is None else ranks)
     most = {n: len(s.components) for n, s in found.spectra.items()}

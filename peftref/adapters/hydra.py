@@ -35,7 +35,7 @@ sequential branch reads the frozen output, whatever other adapters a layer has, 
 
 >>> import torch
 >>> from torch import nn
->>> from peftref.adapters.core import adapters, inject, merge
+>>> from peftref.adapters.core.injection import adapters, inject, merge
 >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(5, 4)
 >>> before = net(x)
 >>> inject(net, Hydra, ["0", "2"], r_par=1, r_seq=2)
@@ -66,11 +66,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contract import Adapter
-from .core import adapters
-from .files import PREFIX, _write, config
-from .finding import bare, named
-from .layers import Layer, view
+from .core.adapter import Adapter
+from .core.files import PREFIX, _write, config
+from .core.injection import adapters
+from .core.layers import Layer, view
+from .core.targets import bare, named
 
 __all__ = ["Hydra", "as_lora", "save_as_lora"]
 

@@ -41,7 +41,7 @@ squared, as it must be (eq-tera-bound).
 
 >>> import torch
 >>> from torch import nn
->>> from peftref.adapters.core import adapters, inject, merge
+>>> from peftref.adapters.core.injection import adapters, inject, merge
 >>> net = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).double()
 >>> x = torch.randn(5, 12).double()
 >>> before = net(x)
@@ -72,9 +72,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._modes import balanced
-from .contract import Adapter
-from .layers import Layer
+from .core.adapter import Adapter
+from .core.layers import Layer
+from .core.modes import balanced
 
 __all__ = ["Bank", "TeRA", "error_terms", "expand", "multiply", "rank_bound", "rank_one", "update"]
 

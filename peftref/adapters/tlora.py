@@ -42,11 +42,11 @@ Differs from the paper, whose code was not at hand:
 - The width of the residual's random cores is our reading of the paper's rule :math:`\Theta(\sqrt{n_{out}}/n_{in})`.
 - :func:`identity_distance` measures :math:`\|T-I\|_F^2` itself from the cores; the paper's penalties are surrogates.
 - Several active adapters: each transforms the *frozen* weight, so two of them give :math:`W(T_1+T_2-I)`, not
-  :math:`WT_1T_2` (see :mod:`peftref.adapters.contract`).
+  :math:`WT_1T_2` (see :mod:`peftref.adapters.core.adapter`).
 
 >>> import torch
 >>> from torch import nn
->>> from peftref.adapters.core import adapters, inject, merge
+>>> from peftref.adapters.core.injection import adapters, inject, merge
 >>> _ = torch.manual_seed(0)
 >>> cores = identity_cores((3, 2), rank=2)
 >>> torch.equal(ring_matrix(cores), torch.eye(6))              # T = I at the start, to the bit
@@ -78,9 +78,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._modes import balanced
-from .contract import Adapter
-from .layers import Layer
+from .core.adapter import Adapter
+from .core.layers import Layer
+from .core.modes import balanced
 
 __all__ = [
     "TLoRA", "identity_cores", "identity_distance", "identity_penalty", "orthogonal_penalty", "product",

@@ -12,8 +12,8 @@ On the output :math:`h\in\mathbb R^d` of a frozen sub-layer (attention's project
 Which halves carry the index :math:`\tau` is the question of the paper: none (*single*), both (*multiple*), or one
 (*half-shared*). A shared half gets the sum of the gradients of the tasks' losses (eq-vl_adapter-gradient),
 :math:`\nabla_U\sum_\tau L_\tau=\sum_\tau\nabla_UL_\tau`: tasks with little data borrow, tasks at odds interfere.
-:math:`D,U` may also be sums of Kronecker products (:mod:`peftref.adapters.phm`), or come from a network
-(:mod:`peftref.adapters.hyperformer`).
+:math:`D,U` may also be sums of Kronecker products (:mod:`peftref.adapters.core.phm`), or come from a network
+(:mod:`peftref.adapters.baselines.hyperformer`).
 
 ==================  =======================  =====================  ==========
 argument            here                     paper                  shape
@@ -32,7 +32,7 @@ memory and in files. The non-linearity is the official one, GELU in its tanh for
 
 >>> import torch
 >>> from torch import nn
->>> from peftref.adapters.core import adapters, inject
+>>> from peftref.adapters.core.injection import adapters, inject
 >>> net, tasks = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), Tasks(["vqa", "gqa"])
 >>> inject(net, VLAdapter, ["0"], reduction=4, sharing="half-up", tasks=tasks)
 ['0']
@@ -59,9 +59,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contract import Adapter
-from .layers import Layer
-from .phm import PHM, Rule
+from .core.adapter import Adapter
+from .core.layers import Layer
+from .core.phm import PHM, Rule
 
 __all__ = ["SHARING", "Stack", "Tasks", "VLAdapter", "affine", "bottleneck"]
 

@@ -1,1 +1,8 @@
-"""Continual learning: one model over a stream of tasks."""
+"""Continual learning: one model over a stream of tasks.
+
+Every public name of the modules inside can be imported from here; its module is loaded when the name is first used.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -62,10 +62,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .adab2n_statistics import balanced_norm
-from .norms import replace_batch_norms
-from .rehearsal import FineTune
-from .streams import Task, task_of
+from .baselines.norms import replace_batch_norms
+from .baselines.rehearsal import FineTune
+from .core.balanced_norm import balanced_norm
+from .core.streams import Task, task_of
 
 __all__ = [
     "AdaB2N", "adaptation_loss", "balance", "begin_task", "convert", "eta", "parameter_groups",
@@ -263,7 +263,7 @@ def balance(rule: FineTune, model: nn.Module, tasks: Sequence[Task], strength: f
         start: first task in which the loss counts (the paper's grid: 0, 1).
 
     Returns:
-        For the argument ``before`` of :func:`peftref.continual.train.learn`.
+        For the argument ``before`` of :func:`peftref.continual.core.train.learn`.
     """
     if (forwards := getattr(rule, "forwards", "one")) != "one":
         raise ValueError(f'rule: expected forwards="one", so that a batch mixes tasks, got {forwards!r}')

@@ -10,9 +10,9 @@ A pre-trained body :math:`\phi=f_\theta(x)\in\mathbb R^d` is tuned with a tempor
           \mathrm{CE}\big(U\,\mathrm{dropout}(f_\theta(x))+u,\ y\big),
 
 where :math:`\theta` is all of the body (FSA) or the FiLM scales and shifts only (FSA-FiLM;
-:mod:`peftref.continual.film`). U is thrown away, the body is frozen, and from then on each session, the first
-included, only adds to the moments of :class:`peftref.continual.lda.LDA`. No sample is kept, and the head after the last
-session is the one that all sessions together would have given.
+:mod:`peftref.continual.core.film`). U is thrown away, the body is frozen, and from then on each session, the first
+included, only adds to the moments of :class:`peftref.continual.core.lda.LDA`. No sample is kept, and the head after
+the last session is the one that all sessions together would have given.
 
 Whether adapting is worth it is guessed from the features of the pre-trained body (eq-fsa-score): with
 :math:`u_i=\phi_i/\|\phi_i\|`, the mean cosine distance between two samples,
@@ -34,9 +34,9 @@ Differs from the official code (aresPanos/fsa): with the full body, BatchNorm is
 and in eval mode ever after (there it stays in train mode, so that features depend on the batch and statistics drift
 while the head is fitted); FiLM is folded into the normalisation layers when the first session is over; a first session
 of one class, which teaches cross-entropy nothing, leaves the body as it is. For the head see
-:mod:`peftref.continual.lda`.
+:mod:`peftref.continual.core.lda`.
 
->>> from peftref.continual.streams import class_incremental
+>>> from peftref.continual.core.streams import class_incremental
 >>> from peftref.data import load
 >>> from peftref.models import pretrained
 >>> tasks = class_incremental(load("fashion8k"), [4, 2, 2, 2], per_class=20)
@@ -59,9 +59,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import Split
-from .film import film_parameters, inject_film, merge_film
-from .lda import LDA
-from .streams import batches
+from .core.film import film_parameters, inject_film, merge_film
+from .core.lda import LDA
+from .core.streams import batches
 
 __all__ = ["FSA", "cosine_distance", "embed", "first_session"]
 
@@ -112,7 +112,7 @@ def first_session(
             200 epochs, 0.7; with few shots 25, 50 and 100, 0.3).
         batch_size: 256: official code. A rest that does not fill a batch is left out, as BatchNorm needs company.
         dropout: of the features in training (0.5: official code).
-        layers: of FiLM, see :func:`peftref.continual.film.inject_film`.
+        layers: of FiLM, see :func:`peftref.continual.core.film.inject_film`.
         seed: of the head, the order and the dropout; the global generator is left as it was.
         after: called after each epoch with its number, from 0, and the mean loss.
 
@@ -169,7 +169,7 @@ class FSA(nn.Module):
     Args:
         model: pre-trained body, see :func:`embed`; copied, never changed.
         body: see :func:`first_session`, as are ``training``.
-        scatter, ridge, ridge_rel, prior: see :func:`peftref.continual.lda.discriminant`.
+        scatter, ridge, ridge_rel, prior: see :func:`peftref.continual.core.lda.discriminant`.
         num_classes: K of ``forward``; default: the largest label seen, plus one.
         chunk: images of a forward pass when nothing is trained.
         training: further settings of :func:`first_session`.

@@ -28,16 +28,16 @@ argument           here                            paper                     sha
 =================  ==============================  ========================  ===============
 
 The small module is any adapter of this package under the name ``"online"``; those of the paper are in
-:mod:`peftref.continual.pet` and :mod:`peftref.continual.prefix`. Differs from the official code: both copies see one
-doubled batch; while the module is frozen, features are computed once for all epochs and the offline copy takes its
-steps at once (its target stands still); the head blocks of earlier tasks are frozen, where there they get zero
-gradients; the offline copy is float32 at least, or :math:`1-\alpha=10^{-4}` would vanish in it.
+:mod:`peftref.continual.core.small_modules` and :mod:`peftref.continual.core.prefix`. Differs from the official code:
+both copies see one doubled batch; while the module is frozen, features are computed once for all epochs and the
+offline copy takes its steps at once (its target stands still); the head blocks of earlier tasks are frozen, where
+there they get zero gradients; the offline copy is float32 at least, or :math:`1-\alpha=10^{-4}` would vanish in it.
 
->>> from peftref.adapters.core import inject
->>> from peftref.continual.pet import KVLoRA
->>> from peftref.continual.streams import batches, class_incremental
+>>> from peftref.adapters.core.injection import inject
+>>> from peftref.continual.core.small_modules import KVLoRA
+>>> from peftref.continual.core.streams import batches, class_incremental
 >>> from peftref.data import load
->>> from peftref.vit import pretrained_vit
+>>> from peftref.models.vit import pretrained_vit
 >>> net, tasks = pretrained_vit(), class_incremental(load("mnist5k"), 5, per_class=24)
 >>> inject(net, KVLoRA, r"blocks\.[01]\.attn\.qkv", name="online")
 ['blocks.0.attn.qkv', 'blocks.1.attn.qkv']
@@ -61,12 +61,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.contract import Host
-from ..adapters.core import activate, adapters, install
+from ..adapters.core.adapter import Host
+from ..adapters.core.injection import activate, adapters, install
 from ..data import Split
-from .lae_head import DynamicHead, check_labels, local_loss
-from .pet import Experts
-from .streams import batches
+from .core.growing_head import DynamicHead, check_labels, local_loss
+from .core.small_modules import Experts
+from .core.streams import batches
 
 __all__ = ["LAE", "alpha_for", "ema_", "vote"]
 

@@ -1,14 +1,8 @@
-"""Data: sets, corruptions, and the streams on which test-time adaptation is judged."""
+"""Data: sets, corruptions, and the streams on which test-time adaptation is judged.
 
-from __future__ import annotations
+Every public name of the modules inside can be imported from here; its module is loaded when the name is first used.
+"""
 
-from . import corruptions, orders, streams
-from .corruptions import CORRUPTIONS, corrupt
-from .fetch import fetch_cifar10, fetch_cifar100, fetch_fashion_mnist
-from .sets import NAMES, Dataset, Split, load
-from .streams import Batch, Stream, continual, gradual, mixed
+import lazy_loader
 
-__all__ = [
-    "Batch", "CORRUPTIONS", "Dataset", "NAMES", "Split", "Stream", "continual", "corrupt", "corruptions",
-    "fetch_cifar10", "fetch_cifar100", "fetch_fashion_mnist", "gradual", "load", "mixed", "orders", "streams",
-]  # fmt: skip
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -23,7 +23,7 @@ from typing import IO, NamedTuple
 
 from .._replacing import replacing
 
-__all__ = ["DEFAULT_ROOT", "fetch", "fetch_cifar10", "fetch_cifar100", "fetch_fashion_mnist"]
+__all__ = ["DEFAULT_ROOT", "download", "fetch_cifar10", "fetch_cifar100", "fetch_fashion_mnist"]
 
 #: Where ``fetch_*`` puts files and :func:`peftref.data.load` looks for them when no ``root`` is given.
 DEFAULT_ROOT = Path.home() / ".cache" / "peftref"
@@ -61,7 +61,7 @@ CIFAR100 = Archive(
 )
 
 
-def fetch(
+def download(
     url: str,
     path: str | Path,
     *,
@@ -139,7 +139,7 @@ def fetch_fashion_mnist(
     for name, checksum in (FASHION_FILES if md5 is None else md5).items():
         if (folder / name).is_file():
             continue
-        packed = fetch(f"{url}{name}.gz", folder / f"{name}.gz", md5=checksum)
+        packed = download(f"{url}{name}.gz", folder / f"{name}.gz", md5=checksum)
         with replacing(folder / name) as part, gzip.open(packed) as source, part.open("xb") as target:
             shutil.copyfileobj(source, target)
     return folder
@@ -168,7 +168,7 @@ def _fetch_archive(archive: Archive, root: Path, url: str, md5: str | None) -> P
     folder = root / archive.folder
     if all((folder / name).is_file() for name in archive.files):
         return folder
-    packed = fetch(f"{url}{archive.name}", root / archive.name, md5=archive.md5 if md5 is None else md5)
+    packed = download(f"{url}{archive.name}", root / archive.name, md5=archive.md5 if md5 is None else md5)
     with tempfile.TemporaryDirectory(dir=root, prefix=f".{archive.folder}.") as unpacked:
         with tarfile.open(packed) as tar:
             for member in tar.getmembers():

@@ -40,11 +40,11 @@ import torch
 from torch import Tensor
 
 from . import corruptions
-from ._domains import Domain, domain_name, domain_names, generator_for, shift
+from .domains import Domain, domain_name, domain_names, generator_for, shift
 from .orders import Order, as_stored, shuffled
 from .sets import Split
 
-__all__ = ["Batch", "Domain", "ORDERS", "Stream", "continual", "gradual", "mixed"]
+__all__ = ["Batch", "ORDERS", "Stream", "continual", "gradual", "mixed"]
 
 #: The ten random orders of the 15 corruptions in CoTTA's experiments (``cfgs/10orders`` of qinenergy/cotta), as names.
 ORDERS: tuple[tuple[str, ...], ...] = tuple(

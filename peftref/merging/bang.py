@@ -4,10 +4,10 @@ Lin, Tan, Hao, Wong, Dong, Zhang, Yang, Zhang, "Spurious Feature Diversification
 Generalization", ICLR 2024, arXiv 2309.17230.
 
 WiSE-FT averages the weights of a model and of its fine-tuned version, ``merge(theta0, [theta1], wise_ft(0.5))``. That
-works best when neither drowns the other (eq-bang-gain, :mod:`peftref.merging.spurious`), but fine-tuning tends to make
-the second the louder. Rescaling its head is little help, for weights are averaged, and rescaling all of its layers only
-changes the mixing coefficient. BANG keeps it modest by its targets: label smoothing (eq-bang-smooth), Mixup
-(eq-bang-mixup), or both,
+works best when neither drowns the other (eq-bang-gain, :mod:`peftref.merging.experiments.spurious`), but fine-tuning
+tends to make the second the louder. Rescaling its head is little help, for weights are averaged, and rescaling all of
+its layers only changes the mixing coefficient. BANG keeps it modest by its targets: label smoothing (eq-bang-smooth),
+Mixup (eq-bang-mixup), or both,
 
 .. math:: \tilde y=(1-\epsilon)\,y+\frac\epsilon K,\qquad
           (\tilde x,\tilde y)=\nu\,(x_i,y_i)+(1-\nu)\,(x_j,y_j),\quad\nu\sim\mathrm{Beta}(a,a),

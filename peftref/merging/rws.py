@@ -62,15 +62,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_names, check_states, check_tensors, finite
-from .arithmetic import average
-from .batchnorm import batchnorms, recalibrate
-from .core import State, layout_of, merge, widen
-from .layers import first as first  # the neighbours that a signature is used with, under one roof
-from .layers import units as units
-from .patching import Patched as Patched
-from .patching import apply as apply
-from .quantise import quantise as quantise
+from .baselines.arithmetic import average
+from .core.aligned import check_names, check_states, check_tensors, finite
+from .core.batchnorm import batchnorms, recalibrate
+from .core.loop import State, layout_of, merge, widen
+from .core.patching import Patched as Patched
+from .core.patching import apply as apply
+from .core.quantise import quantise as quantise
+from .core.units import first as first  # the neighbours that a signature is used with, under one roof
+from .core.units import units as units
 
 __all__ = ["average_batchnorm", "blend_statistics", "compose", "signature"]
 
@@ -86,8 +86,8 @@ def signature(
 
     Args:
         pretrained, clean, robust: :math:`\theta_0,\theta_s,\theta_c`; tensors outside ``names`` may differ in anything.
-        names: tensors wanted, as of :func:`~peftref.merging.layers.first`; or a function that says of each of clean's
-            floating-point tensors, by its name, whether it is wanted.
+        names: tensors wanted, as of :func:`~peftref.merging.core.units.first`; or a function that says of each of
+            clean's floating-point tensors, by its name, whether it is wanted.
         project: False gives the plain difference (eq-rws-naive).
 
     Raises:
@@ -185,7 +185,7 @@ def blend_statistics(model: nn.Module, batches: Iterable[Tensor], strength: floa
     .. math:: (\mu,\sigma^2)\leftarrow(1-\alpha)\,(\mu,\sigma^2)+\alpha\,(\hat\mu,\hat\sigma^2),
 
     with the statistics before, which for the paper are those of :func:`average_batchnorm`, and those re-estimated by
-    :func:`peftref.merging.batchnorm.recalibrate`.
+    :func:`peftref.merging.core.batchnorm.recalibrate`.
 
     Args:
         model: in any mode, which it keeps.

@@ -14,18 +14,19 @@ With :math:`u=Y-\hat E[Y\mid z]` and :math:`v=W-\hat E[W\mid z]`, predicted out 
 .. math:: \sum v\,(u-\theta v)=0,\qquad\text{or}\qquad\sum v\,(Y-\hat g-\theta W)=0 .
 
 The estimators differ in what the learner may know of a unit, z, and in where means of units are taken away; their table
-(eq-dml_panel-sets) is in :mod:`peftref.panel.information`. Without learning there are ``simple_ols`` (Y on W), ``pols``
-(and X), ``fe_only`` (Y on W within units) and ``fe`` (and X), which split nothing.
+(eq-dml_panel-sets) is in :mod:`peftref.panel.core.estimators`. Without learning there are ``simple_ols`` (Y on W),
+``pols`` (and X), ``fe_only`` (Y on W within units) and ``fe`` (and X), which split nothing.
 
 The paper fits DML1 and reports no standard errors; by default we solve DML2 with whole units in a fold and errors
-clustered by unit, as DoubleML does (:mod:`peftref.panel.inference`). ``early`` leaves the grand mean out, as the paper
-does; DoubleML adds it back, which a learner with an intercept does not notice, but the IV-type score, slightly, does.
+clustered by unit, as DoubleML does (:mod:`peftref.panel.core.inference`). ``early`` leaves the grand mean out, as the
+paper does; DoubleML adds it back, which a learner with an intercept does not notice, but the IV-type score, slightly,
+does.
 
 For a binary treatment ``model="irm"`` estimates the average effect without a linear model (eq-dml_panel-aipw),
 
 .. math:: \psi=g_1-g_0+\frac{W(Y-g_1)}{m}-\frac{(1-W)(Y-g_0)}{1-m}-\theta .
 
->>> from peftref.panel.dgp import dgp_fuhr_papies_2024
+>>> from peftref.panel.experiments.dgp import dgp_fuhr_papies_2024
 >>> data = dgp_fuhr_papies_2024("C", "u-shaped", n_units=200, gamma=1.0, delta=1.0, seeds=[0]).frame()
 >>> arguments = data["y"], data["w"], data[["x1"]], data["unit"], data["time"]
 >>> for name in ("fe", "pooled", "cre"):  # the true effect is 1
@@ -54,15 +55,15 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from .columns import Panel, read_panel
-from .crossfit import crossfit
-from .folds import Folds, make_folds
-from .inference import over_repeats, row_weights, solve, standard_error
-from .information import SETS, Fit, partial_out, transform, variables
-from .layout import within
-from .learners import crossfit_sklearn
-from .linear import LINEAR, linear_residuals
-from .ridge import PolynomialRidge
+from .baselines.linear import LINEAR, linear_residuals
+from .core.columns import Panel, read_panel
+from .core.crossfit import crossfit
+from .core.estimators import SETS, Fit, partial_out, transform, variables
+from .core.folds import Folds, make_folds
+from .core.inference import over_repeats, row_weights, solve, standard_error
+from .core.layout import within
+from .core.learners import crossfit_sklearn
+from .core.ridge import PolynomialRidge
 
 __all__ = ["ESTIMATORS", "PanelDML", "aipw_score", "plr_score"]
 
@@ -92,15 +93,15 @@ class PanelDML(BaseEstimator):
     """The effect of a treatment in a panel, ``PanelDML("cre").fit(y, w, x, unit, time)``; see :meth:`summary`.
 
     Args:
-        estimator: a name of those in :mod:`peftref.panel.information`.
-        learner: any scikit-learn regressor (:class:`~peftref.panel.ridge.PolynomialRidge`, the fastest). Beware of
+        estimator: a name of those in :mod:`peftref.panel.core.estimators`.
+        learner: any scikit-learn regressor (:class:`~peftref.panel.core.ridge.PolynomialRidge`, the fastest). Beware of
             histogram boosting: its coarse bins bias all estimators.
         learner_w: for the treatment, if another; with ``model="irm"`` a classifier (logistic regression).
         model: "plr", partially linear, or "irm", for a binary treatment with ``pooled``, ``cre`` or ``cre_normal``.
         score: "partialling out" or "IV-type".
         agg: "dml2" or the paper's "dml1".
-        folds: K, or :class:`~peftref.panel.folds.Folds` of your own on the rows sorted by unit and period.
-        scheme: how rows are split, see :mod:`peftref.panel.folds`; the paper takes "random".
+        folds: K, or :class:`~peftref.panel.core.folds.Folds` of your own on the rows sorted by unit and period.
+        scheme: how rows are split, see :mod:`peftref.panel.core.folds`; the paper takes "random".
         repeats: R independent splits, of which the median counts.
         twoway: fixed differences between periods too.
         cluster: of the standard error: "unit", "twoway" (with ``scheme="product"``), or ``None``.

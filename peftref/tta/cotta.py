@@ -51,7 +51,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ._base import (
+from .core.adapted import (
     Adapted,
     OptimizerFactory,
     adapting,
@@ -61,7 +61,7 @@ from ._base import (
     gradient_step,
     use_batch_statistics,
 )
-from .views import RandomViews
+from .core.views import RandomViews
 
 __all__ = ["CoTTA", "confidence", "consistency_loss", "ema", "restoration_mask", "restore"]
 
@@ -134,7 +134,7 @@ class CoTTA(Adapted):
         n_views: N, number of augmented passes; 32. With 0 the plain teacher is always used.
         symmetric: symmetric loss, see :func:`consistency_loss`.
         steps: repetitions of the whole update on each batch; 1.
-        views: callable giving one random view of a batch; default :class:`~peftref.tta.views.RandomViews`.
+        views: callable giving one random view of a batch; default :class:`~peftref.tta.core.views.RandomViews`.
         optimizer: called as ``optimizer(parameters, lr=lr)``.
         seed: of the restoration masks and the default views.
 

@@ -50,7 +50,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._base import Adapted, at_least_float32, check_positive
+from .core.adapted import Adapted, at_least_float32, check_positive
 
 __all__ = ["Assignment", "Lame", "Neighbours", "affinity", "energy", "laplacian_assign"]
 

@@ -1,6 +1,7 @@
 """Train the shipped vision transformer: ``python -m peftref.weights.make_vit`` (about three minutes on one core).
 
-:class:`~peftref.vit.ViT` on the embedded training images of clothes, shifted by up to two pixels, in half precision.
+:class:`~peftref.models.vit.ViT` on the embedded training images of clothes, shifted by up to two pixels, in half
+precision.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from safetensors.torch import save_file
 
 from peftref._replacing import replacing
 from peftref.data import load
-from peftref.models import fit, predict
-from peftref.vit import ViT
+from peftref.models.cnn import fit, predict
+from peftref.models.vit import ViT
 
 EPOCHS, RATE, SEED = 60, 1e-3, 0
 

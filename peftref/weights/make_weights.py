@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from peftref._replacing import replacing
 from peftref.data import load
-from peftref.models import SEEDS, SmallCNN, fit, predict
+from peftref.models.cnn import SEEDS, SmallCNN, fit, predict
 
 EPOCHS = 20
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as T
 from torch import Tensor, nn
 
-from peftref.tta.views import View
+from peftref.tta.core.views import View
 
 Uniform = Callable[[torch.Size], Tensor]
 

@@ -20,11 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import ViTConfig, ViTModel
 
 from peftref.adapters.adaptformer import AdaptFormer, branch, dead_share, head, width
-from peftref.adapters.core import activate, adapters, build, inject, unload
-from peftref.adapters.files import load, save
-from peftref.adapters.layers import tapped, view
-from peftref.adapters.lora import LoRA
-from peftref.vit import ViT
+from peftref.adapters.baselines.lora import LoRA
+from peftref.adapters.core.files import load, save
+from peftref.adapters.core.injection import activate, adapters, build, inject, unload
+from peftref.adapters.core.layers import tapped, view
+from peftref.models.vit import ViT
 from tests._naive.adaptformer import bottleneck as naive_bottleneck
 from tests._naive.adaptformer import dead as naive_dead
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.testing import assert_close
 
+from peftref.adapters.baselines.lora import LoRA
 from peftref.adapters.bone import Bone, _Bat, bat, pool, pooled, tiles
-from peftref.adapters.core import activate, adapters, inject, merge, unmerge
-from peftref.adapters.files import config, load, save
-from peftref.adapters.layers import view
-from peftref.adapters.lora import LoRA
+from peftref.adapters.core.files import config, load, save
+from peftref.adapters.core.injection import activate, adapters, inject, merge, unmerge
+from peftref.adapters.core.layers import view
 from tests._naive import bone as naive
 
 

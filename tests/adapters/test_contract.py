@@ -16,15 +16,15 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from peftref.adapters.adaptformer import AdaptFormer
+from peftref.adapters.baselines.hyperformer import Hyperformer, HyperNet
+from peftref.adapters.baselines.lora import LoRA
 from peftref.adapters.bone import Bone
-from peftref.adapters.contract import Adapter, Host
-from peftref.adapters.core import activate, adapters, inject, merge, unload, unmerge
-from peftref.adapters.files import load, save
+from peftref.adapters.core.adapter import Adapter, Host
+from peftref.adapters.core.files import load, save
+from peftref.adapters.core.injection import activate, adapters, inject, merge, unload, unmerge
+from peftref.adapters.core.layers import Layer, view
+from peftref.adapters.core.phm import Rule
 from peftref.adapters.hydra import Hydra
-from peftref.adapters.hyperformer import Hyperformer, HyperNet
-from peftref.adapters.layers import Layer, view
-from peftref.adapters.lora import LoRA
-from peftref.adapters.phm import Rule
 from peftref.adapters.tera import Bank, TeRA
 from peftref.adapters.tlora import TLoRA
 from peftref.adapters.vl_adapter import Tasks, VLAdapter

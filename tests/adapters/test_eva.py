@@ -16,13 +16,13 @@ from sklearn.decomposition import PCA, IncrementalPCA
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from peftref.adapters.contract import Host
-from peftref.adapters.core import activate, adapters, inject, merge, unload
+from peftref.adapters.baselines.lora import LoRA
+from peftref.adapters.core.activations import rows, run, together, token_mask, watching
+from peftref.adapters.core.adapter import Host
+from peftref.adapters.core.files import load, save
+from peftref.adapters.core.injection import activate, adapters, inject, merge, unload
+from peftref.adapters.core.spectra import Moments, Spectrum, absorb, agreement
 from peftref.adapters.eva import collect, inject_eva, redistribute, start
-from peftref.adapters.files import load, save
-from peftref.adapters.inputs import rows, run, together, token_mask, watching
-from peftref.adapters.lora import LoRA
-from peftref.adapters.spectra import Moments, Spectrum, absorb, agreement
 from tests._naive import eva as naive
 
 double = {"dtype": torch.float64}

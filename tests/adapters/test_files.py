@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peftref.adapters.contract import Adapter
-from peftref.adapters.core import adapters, inject
-from peftref.adapters.files import config, load, save, state
-from peftref.adapters.layers import Layer
-from peftref.adapters.lora import LoRA
+from peftref.adapters.baselines.lora import LoRA
+from peftref.adapters.core.adapter import Adapter
+from peftref.adapters.core.files import config, load, save, state
+from peftref.adapters.core.injection import adapters, inject
+from peftref.adapters.core.layers import Layer
 
 
 class Shared(Adapter):

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
-from peftref.adapters.core import activate, adapters, inject, merge, unload, unmerge
+from peftref.adapters.baselines.lora import LoRA
+from peftref.adapters.core.injection import activate, adapters, inject, merge, unload, unmerge
+from peftref.adapters.core.layers import view
 from peftref.adapters.hydra import Hydra, as_lora, save_as_lora
-from peftref.adapters.layers import view
-from peftref.adapters.lora import LoRA
 from tests._naive import hydra as naive
 
 
@@ -61,7 +61,7 @@ def test_forward_and_merge_are_those_of_the_official_code(n_in: int, n_out: int,
 
 def test_every_target_of_a_transformer_block_is_merged() -> None:
     """The official code adds the branches of the attention to the matrix of the MLP."""
-    from peftref.vit import ViT
+    from peftref.models.vit import ViT
 
     torch.manual_seed(0)
     net = ViT(embed_dim=16, depth=2, num_heads=2).double().eval()

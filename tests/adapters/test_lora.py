@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from peftref.adapters.core import adapters, inject, merge
-from peftref.adapters.layers import view
-from peftref.adapters.lora import LoRA, scaling
+from peftref.adapters.baselines.lora import LoRA, scaling
+from peftref.adapters.core.injection import adapters, inject, merge
+from peftref.adapters.core.layers import view
 from tests._naive.lora import lora as naive_lora
 
 

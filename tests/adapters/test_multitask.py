@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from peftref.adapters.core import activate, adapters, inject
-from peftref.adapters.files import load, save
-from peftref.adapters.multitask import (
+from peftref.adapters.core.files import load, save
+from peftref.adapters.core.injection import activate, adapters, inject
+from peftref.adapters.experiments.multitask import (
     EVEN,
     SUBLAYERS,
     Heads,
@@ -20,7 +20,7 @@ from peftref.adapters.multitask import (
     learn,
     relabelled,
 )  # fmt: skip
-from peftref.adapters.tasks import Task, fresh, shifted
+from peftref.adapters.experiments.transfer import Task, fresh, shifted
 from peftref.adapters.vl_adapter import Tasks, VLAdapter
 
 

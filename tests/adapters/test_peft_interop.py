@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from peftref.adapters.core import adapters, inject, merge, unmerge
-from peftref.adapters.files import load, save
-from peftref.adapters.lora import LoRA
+from peftref.adapters.baselines.lora import LoRA
+from peftref.adapters.core.files import load, save
+from peftref.adapters.core.injection import adapters, inject, merge, unmerge
 
 peft = pytest.importorskip("peft")
 

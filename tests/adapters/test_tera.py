@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from peftref.adapters.core import adapters, inject, merge
-from peftref.adapters.files import load, save
-from peftref.adapters.layers import view
+from peftref.adapters.core.files import load, save
+from peftref.adapters.core.injection import adapters, inject, merge
+from peftref.adapters.core.layers import view
 from peftref.adapters.tera import Bank, TeRA, error_terms, expand, multiply, rank_bound, rank_one, update
 from tests._naive.tera import tera as naive_tera
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import tests._naive.tlora as naive
-from peftref.adapters._modes import balanced
-from peftref.adapters.core import activate, adapters, inject, merge
-from peftref.adapters.layers import view
+from peftref.adapters.core.injection import activate, adapters, inject, merge
+from peftref.adapters.core.layers import view
+from peftref.adapters.core.modes import balanced
 from peftref.adapters.tlora import (
     TLoRA,
     identity_cores,

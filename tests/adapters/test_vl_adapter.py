@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from peftref.adapters.core import adapters, build, inject, install
-from peftref.adapters.files import load, save, state
-from peftref.adapters.hyperformer import Hyperformer, HyperNet, places
-from peftref.adapters.layers import view
-from peftref.adapters.phm import PHM, Rule, phm_linear, phm_weight
+from peftref.adapters.baselines.hyperformer import Hyperformer, HyperNet, places
+from peftref.adapters.core.files import load, save, state
+from peftref.adapters.core.injection import adapters, build, inject, install
+from peftref.adapters.core.layers import view
+from peftref.adapters.core.phm import PHM, Rule, phm_linear, phm_weight
 from peftref.adapters.vl_adapter import SHARING, Stack, Tasks, VLAdapter, affine, bottleneck
 from tests._naive import vl_adapter as naive
 

@@ -25,12 +25,12 @@ from peftref.continual.adab2n import (
     task_batch,
     task_weights,
 )  # fmt: skip
-from peftref.continual.adab2n_statistics import balanced_norm, balanced_statistics
-from peftref.continual.metrics import evaluate
-from peftref.continual.rehearsal import ER, ERACE, DERpp, FineTune
-from peftref.continual.replay import Reservoir
-from peftref.continual.streams import Task, class_incremental
-from peftref.continual.train import learn
+from peftref.continual.baselines.rehearsal import ER, ERACE, DERpp, FineTune
+from peftref.continual.core.balanced_norm import balanced_norm, balanced_statistics
+from peftref.continual.core.metrics import evaluate
+from peftref.continual.core.replay import Reservoir
+from peftref.continual.core.streams import Task, class_incremental
+from peftref.continual.core.train import learn
 from peftref.data import Split, load
 from peftref.models import SmallCNN
 from tests._naive import adab2n as naive

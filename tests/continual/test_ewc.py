@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from peftref.continual.ewc import EWC, diagonal_fisher, ewc_penalty
-from peftref.continual.rehearsal import FineTune
-from peftref.continual.streams import class_incremental
-from peftref.continual.train import learn
+from peftref.continual.baselines.ewc import EWC, diagonal_fisher, ewc_penalty
+from peftref.continual.baselines.rehearsal import FineTune
+from peftref.continual.core.streams import class_incremental
+from peftref.continual.core.train import learn
 from peftref.data import load
 from peftref.models import PlainCNN, SmallCNN
 from tests._naive import ewc as naive

@@ -18,18 +18,11 @@ from sklearn.neighbors import NearestCentroid
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from peftref.continual.film import (
-    EFFICIENTNET,
-    FiLM,
-    film_parameters,
-    inject_film,
-    merge_film,
-    remove_film,
-)
+from peftref.continual.core.film import EFFICIENTNET, FiLM, film_parameters, inject_film, merge_film, remove_film
+from peftref.continual.core.lda import LDA, Moments, discriminant, merge, moments
+from peftref.continual.core.metrics import evaluate
+from peftref.continual.core.streams import class_incremental
 from peftref.continual.fsa import FSA, cosine_distance, embed, first_session
-from peftref.continual.lda import LDA, Moments, discriminant, merge, moments
-from peftref.continual.metrics import evaluate
-from peftref.continual.streams import class_incremental
 from peftref.data import load
 from peftref.models import SmallCNN, pretrained
 from tests._naive import fsa as naive
@@ -268,7 +261,7 @@ def test_memory_does_not_grow_with_the_samples():
 def test_weights_are_computed_once_and_anew_after_learning(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "peftref.continual.lda.discriminant", lambda *args, **kw: calls.append(1) or discriminant(*args, **kw)
+        "peftref.continual.core.lda.discriminant", lambda *args, **kw: calls.append(1) or discriminant(*args, **kw)
     )
     x, y = cloud()
     head = LDA()

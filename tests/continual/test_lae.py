@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from peftref.adapters.core import adapters, inject, merge
-from peftref.adapters.lora import LoRA
+from peftref.adapters.baselines.lora import LoRA
+from peftref.adapters.core.injection import adapters, inject, merge
+from peftref.continual.core.growing_head import DynamicHead, local_loss
+from peftref.continual.core.metrics import evaluate
+from peftref.continual.core.prefix import inject_prefix
+from peftref.continual.core.small_modules import KVLoRA, ParallelAdapter
+from peftref.continual.core.streams import class_incremental
 from peftref.continual.lae import LAE, alpha_for, ema_, vote
-from peftref.continual.lae_head import DynamicHead, local_loss
-from peftref.continual.metrics import evaluate
-from peftref.continual.pet import KVLoRA, ParallelAdapter
-from peftref.continual.prefix import inject_prefix
-from peftref.continual.streams import class_incremental
 from peftref.data import Split, load
-from peftref.vit import ViT, pretrained_vit
+from peftref.models.vit import ViT, pretrained_vit
 from tests._naive import lae as naive
 
 ATTENTIONS, QKV = r"blocks\.\d+\.attn", r"blocks\.\d+\.attn\.qkv"

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from peftref.continual import metrics
-from peftref.continual.metrics import evaluate
-from peftref.continual.streams import class_incremental
+from peftref.continual.core import metrics
+from peftref.continual.core.metrics import evaluate
+from peftref.continual.core.streams import class_incremental
 from peftref.data import load
 
 NAN = math.nan

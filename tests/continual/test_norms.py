@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from peftref.continual.norms import continual_norm, group_norm, replace_batch_norms
+from peftref.continual.baselines.norms import continual_norm, group_norm, replace_batch_norms
 from peftref.models import SmallCNN
 
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import TensorDataset
 
-from peftref.continual import metrics
-from peftref.continual.ewc import EWC, diagonal_fisher
-from peftref.continual.rehearsal import derpp_loss, er_ace_loss
-from peftref.continual.replay import Reservoir
-from peftref.continual.streams import class_incremental
-from peftref.continual.train import learn
+from peftref.continual.baselines.ewc import EWC, diagonal_fisher
+from peftref.continual.baselines.rehearsal import derpp_loss, er_ace_loss
+from peftref.continual.core import metrics
+from peftref.continual.core.replay import Reservoir
+from peftref.continual.core.streams import class_incremental
+from peftref.continual.core.train import learn
 from peftref.data import load
 from peftref.models import SmallCNN
 

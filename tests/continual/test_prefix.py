@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from peftref.adapters.core import activate, adapters, inject, unload
-from peftref.adapters.files import load, save
-from peftref.continual.pet import ParallelAdapter
-from peftref.continual.prefix import AttentionHost, Prefix, inject_prefix, prefix_attention, prefix_share
-from peftref.vit import Attention, ViT
+from peftref.adapters.core.files import load, save
+from peftref.adapters.core.injection import activate, adapters, inject, unload
+from peftref.continual.core.prefix import AttentionHost, Prefix, inject_prefix, prefix_attention, prefix_share
+from peftref.continual.core.small_modules import ParallelAdapter
+from peftref.models.vit import Attention, ViT
 from tests._naive import lae as naive
 
 ATTENTIONS = r"blocks\.\d+\.attn"

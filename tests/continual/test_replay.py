@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from peftref.continual.replay import Reservoir
+from peftref.continual.core.replay import Reservoir
 from tests._naive.rehearsal import LoopReservoir
 
 

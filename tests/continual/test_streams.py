@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftref.continual.streams import Task, batches, class_incremental, domain_incremental, task_of
+from peftref.continual.core.streams import Task, batches, class_incremental, domain_incremental, task_of
 from peftref.data import Dataset, Split, load
 
 DIGITS = load("digits")

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftref.continual.metrics import evaluate, summary
-from peftref.continual.rehearsal import ER, ERACE, DERpp, FineTune
-from peftref.continual.replay import Reservoir
-from peftref.continual.streams import batches, class_incremental, domain_incremental
-from peftref.continual.train import joint, learn
+from peftref.continual.baselines.rehearsal import ER, ERACE, DERpp, FineTune
+from peftref.continual.core.metrics import evaluate, summary
+from peftref.continual.core.replay import Reservoir
+from peftref.continual.core.streams import batches, class_incremental, domain_incremental
+from peftref.continual.core.train import joint, learn
 from peftref.data import Dataset, Split, load
 
 DIGITS = load("digits")

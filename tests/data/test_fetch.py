@@ -20,7 +20,7 @@ import pytest
 import torchvision
 
 from peftref.data import fetch_cifar10, fetch_cifar100, fetch_fashion_mnist, load
-from peftref.data.fetch import CIFAR10, CIFAR100, CIFAR_URL, FASHION_FILES, FASHION_URL, fetch
+from peftref.data.fetch import CIFAR10, CIFAR100, CIFAR_URL, FASHION_FILES, FASHION_URL, download
 
 BODY = bytes(range(256)) * 9000  # 2.3 MB: several blocks
 SHA256, MD5 = hashlib.sha256(BODY).hexdigest(), hashlib.md5(BODY).hexdigest()
@@ -75,7 +75,7 @@ def files(folder: Path) -> list[str]:
 
 def test_a_whole_file_arrives_under_its_name(site: Site, tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "data"
-    assert fetch(site.url + "file", path, sha256=SHA256.upper(), size=len(BODY)) == path
+    assert download(site.url + "file", path, sha256=SHA256.upper(), size=len(BODY)) == path
     assert path.read_bytes() == BODY
     assert files(tmp_path / "new") == ["folder/data"]
 
@@ -83,10 +83,10 @@ def test_a_whole_file_arrives_under_its_name(site: Site, tmp_path: Path) -> None
 def test_a_good_file_is_not_fetched_again_and_a_bad_one_is(site: Site, tmp_path: Path) -> None:
     path = tmp_path / "data"
     path.write_bytes(BODY)
-    fetch(site.url + "file", path, md5=MD5)
+    download(site.url + "file", path, md5=MD5)
     assert site.requests == []
     path.write_bytes(BODY[:-1])
-    fetch(site.url + "file", path, md5=MD5)
+    download(site.url + "file", path, md5=MD5)
     assert site.requests == ["/file"] and path.read_bytes() == BODY
 
 
@@ -115,7 +115,7 @@ def test_failures_leave_everything_as_it_was(
     if before is not None:
         (folder / "set").write_bytes(before)
     with pytest.raises(error, match=message) as caught:
-        fetch(site.url + page, folder / "set", **checks)
+        download(site.url + page, folder / "set", **checks)
     assert site.url + page in str(caught.value)
     assert files(folder) == ([] if before is None else ["set"])
     assert before is None or (folder / "set").read_bytes() == before
@@ -126,7 +126,7 @@ def test_offline_error_names_address_place_and_cure(tmp_path: Path) -> None:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/set"
         with pytest.raises(ConnectionError) as caught:
-            fetch(url, tmp_path / "set", sha256=SHA256)
+            download(url, tmp_path / "set", sha256=SHA256)
     assert all(word in str(caught.value) for word in (url, str(tmp_path / "set"), "network", "another machine"))
     assert files(tmp_path) == []
 
@@ -139,14 +139,14 @@ def test_interrupting_leaves_nothing(site: Site, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr("peftref.data.fetch.os.replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        fetch(site.url + "file", tmp_path / "data" / "set", sha256=SHA256)
+        download(site.url + "file", tmp_path / "data" / "set", sha256=SHA256)
     assert files(tmp_path / "data") == []
 
 
 def test_exactly_one_checksum_is_needed(site: Site, tmp_path: Path) -> None:
     for checks in ({}, {"sha256": SHA256, "md5": MD5}):
         with pytest.raises(ValueError, match="sha256, md5: expected exactly one"):
-            fetch(site.url + "file", tmp_path / "set", **checks)
+            download(site.url + "file", tmp_path / "set", **checks)
     assert site.requests == []
 
 

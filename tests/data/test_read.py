@@ -61,7 +61,7 @@ def test_idx_of_the_published_example(tmp_path: Path) -> None:
         (b"\0\0\x08\x03\0\0\0\x01", "header of 16 bytes"),
         (b"\0\0\x08\x01\0\0\0\x03ab", "expected 3 data bytes .* got 2"),
         (b"\0\0\x08\x01\0\0\0\x03abcd", "expected 3 data bytes .* got 4"),
-        (gzip.compress(b"\0\0\x08\x01\0\0\0\x03abc")[:-9], "damaged"),
+        (gzip.compress(b"\0\0\x08\x01\0\0\0\x03abc", mtime=0)[:-9], "damaged"),
         (b"\x1f\x8bnot gzip at all", "damaged"),
     ],
 )

@@ -13,78 +13,76 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from peftref import models, results, vit
-from peftref.adapters import (
-    adaptformer,
-    bone,
-    contract,
-    core,
-    eva,
+from peftref import models, results
+from peftref.adapters import adaptformer, bone, eva, hydra, tera, tlora, vl_adapter
+from peftref.adapters.baselines import hyperformer, lora
+from peftref.adapters.core import (
+    activations as inputs,
+)
+from peftref.adapters.core import (
+    adapter as contract,
+)
+from peftref.adapters.core import (
     files,
-    finding,
-    hydra,
-    hyperformer,
-    inputs,
     layers,
-    lora,
-    multitask,
     phm,
     spectra,
-    tasks,
-    tera,
-    tlora,
-    vl_adapter,
 )
-from peftref.continual import (
-    adab2n,
-    adab2n_statistics,
-    classp,
-    ewc,
+from peftref.adapters.core import (
+    injection as core,
+)
+from peftref.adapters.core import (
+    targets as finding,
+)
+from peftref.adapters.experiments import multitask
+from peftref.adapters.experiments import transfer as tasks
+from peftref.continual import adab2n, classp, fsa, lae
+from peftref.continual.baselines import ewc, norms, rehearsal
+from peftref.continual.core import (
+    balanced_norm as adab2n_statistics,
+)
+from peftref.continual.core import (
     film,
-    fsa,
-    lae,
-    lae_head,
     lda,
     metrics,
-    norms,
-    pet,
     prefix,
-    rehearsal,
     replay,
     train,
 )
-from peftref.continual import streams as task_streams
-from peftref.data import corruptions, multicolor, orders, read, sets, streams
-from peftref.merging import (
-    arithmetic,
-    bang,
-    batchnorm,
-    colournets,
-    corrupted,
-    patching,
-    quantise,
-    rws,
-    spurious,
-    ties,
+from peftref.continual.core import (
+    growing_head as lae_head,
 )
-from peftref.merging import core as merging
-from peftref.merging import layers as units
-from peftref.panel import (
+from peftref.continual.core import (
+    small_modules as pet,
+)
+from peftref.continual.core import streams as task_streams
+from peftref.data import corruptions, orders, read, sets, streams
+from peftref.merging import bang, rws
+from peftref.merging.baselines import arithmetic, ties
+from peftref.merging.core import batchnorm, patching, quantise, units
+from peftref.merging.core import loop as merging
+from peftref.merging.experiments import colournets, corrupted, multicolor, spurious
+from peftref.models import vit
+from peftref.panel import dml_panel
+from peftref.panel.baselines import linear
+from peftref.panel.core import (
     columns,
     crossfit,
-    dgp,
-    dml_panel,
     folds,
     gram,
     inference,
-    information,
     layout,
     learners,
-    linear,
     ridge,
-    study,
 )
-from peftref.tta import bn_adapt, cotta, evaluate, lame, tent, views
+from peftref.panel.core import (
+    estimators as information,
+)
+from peftref.panel.experiments import dgp, study
+from peftref.tta import cotta, lame
+from peftref.tta.baselines import bn_adapt, tent
+from peftref.tta.core import views
+from peftref.tta.experiments import evaluate
 
 Call = tuple[Callable[..., Any], dict[str, Any]]
 
@@ -171,7 +169,7 @@ def one_task() -> tasks.Task:
 
 
 def toy(_: int = 0) -> nn.Module:
-    """Stands for :func:`peftref.adapters.tasks.fresh`: small, with a ``head``."""
+    """Stands for :func:`peftref.adapters.experiments.transfer.fresh`: small, with a ``head``."""
     return fixed(lambda: Headed())
 
 
@@ -300,68 +298,68 @@ def bn() -> nn.BatchNorm1d:
 # A class is called twice: "LoRA" builds it, "LoRA.forward" uses it.
 
 ADAPTERS: dict[str, Callable[[], Call]] = {
-    "adaptformer.AdaptFormer": lambda: (
+    "AdaptFormer": lambda: (
         adaptformer.AdaptFormer,
         dict(base=layers.view(small_vit().blocks[0], torch.float32), bottleneck=2, scale=0.1, dropout=0.1),
     ),
-    "adaptformer.AdaptFormer.forward": lambda: (formed(), dict(x=t(2, 1, 14, 14))),
-    "adaptformer.branch": lambda: (
+    "AdaptFormer.forward": lambda: (formed(), dict(x=t(2, 1, 14, 14))),
+    "branch": lambda: (
         adaptformer.branch,
         dict(u=t(3, 6), down=t(2, 6), down_bias=t(2), up=t(4, 2), up_bias=t(4), scale=0.5, dropout=0.0),
     ),
-    "adaptformer.dead_share": lambda: (adaptformer.dead_share, dict(model=formed(), x=t(2, 1, 14, 14), name="default")),
-    "adaptformer.head": lambda: (adaptformer.head, dict(features=6, classes=4)),
-    "adaptformer.width": lambda: (adaptformer.width, dict(child=nn.Linear(6, 4))),
-    "bone.Bone": lambda: (bone.Bone, dict(base=base(), r=2, variant="bone", mini_r=1)),
-    "bone.Bone.forward": lambda: (adapted(bone.Bone, r=2, variant="bone"), dict(input=t(3, 6))),
-    "bone.bat": lambda: (bone.bat, dict(weight=t(4, 6), block=t(2, 2, 2))),
-    "bone.pool": lambda: (bone.pool, dict(x=t(3, 6), r=2)),
-    "bone.pooled": lambda: (bone.pooled, dict(block=t(2, 4), i=6)),
-    "bone.tiles": lambda: (bone.tiles, dict(r=2, i=6)),
-    "contract.Host": lambda: (contract.Host, dict(base_layer=nn.Linear(6, 4))),
-    "contract.Host.forward": lambda: (adapted(r=2), dict(input=t(3, 6))),
-    "core.activate": lambda: ((lambda model, name: core.activate(model, name)), dict(model=adapted(), name="default")),
-    "core.adapters": lambda: (core.adapters, dict(model=adapted(), name="default")),
-    "core.build": lambda: (core.build, dict(model=mlp(), kind=lora.LoRA, targets=["0"], exclude=["2"], r=2)),
-    "core.inject": lambda: (
+    "dead_share": lambda: (adaptformer.dead_share, dict(model=formed(), x=t(2, 1, 14, 14), name="default")),
+    "head": lambda: (adaptformer.head, dict(features=6, classes=4)),
+    "width": lambda: (adaptformer.width, dict(child=nn.Linear(6, 4))),
+    "Bone": lambda: (bone.Bone, dict(base=base(), r=2, variant="bone", mini_r=1)),
+    "Bone.forward": lambda: (adapted(bone.Bone, r=2, variant="bone"), dict(input=t(3, 6))),
+    "bat": lambda: (bone.bat, dict(weight=t(4, 6), block=t(2, 2, 2))),
+    "pool": lambda: (bone.pool, dict(x=t(3, 6), r=2)),
+    "pooled": lambda: (bone.pooled, dict(block=t(2, 4), i=6)),
+    "tiles": lambda: (bone.tiles, dict(r=2, i=6)),
+    "Host": lambda: (contract.Host, dict(base_layer=nn.Linear(6, 4))),
+    "Host.forward": lambda: (adapted(r=2), dict(input=t(3, 6))),
+    "activate": lambda: ((lambda model, name: core.activate(model, name)), dict(model=adapted(), name="default")),
+    "adapters": lambda: (core.adapters, dict(model=adapted(), name="default")),
+    "build": lambda: (core.build, dict(model=mlp(), kind=lora.LoRA, targets=["0"], exclude=["2"], r=2)),
+    "inject": lambda: (
         core.inject,
         dict(model=mlp(), kind=lora.LoRA, targets=["0"], name="one", r=2, lora_alpha=8),
     ),
-    "core.install": lambda: (
+    "install": lambda: (
         core.install,
         dict(model=mlp(), new={"0": lora.LoRA(layers.view(nn.Linear(6, 8)))}, name="one"),
     ),
-    "core.merge": lambda: (core.merge, dict(model=adapted())),
-    "core.unload": lambda: (core.unload, dict(model=adapted())),
-    "core.unmerge": lambda: (core.unmerge, dict(model=merged())),
-    "eva.collect": lambda: (
+    "merge": lambda: (core.merge, dict(model=adapted())),
+    "unload": lambda: (core.unload, dict(model=adapted())),
+    "unmerge": lambda: (core.unmerge, dict(model=merged())),
+    "collect": lambda: (
         eva.collect,
         dict(model=mlp(), targets=["0", "2"], batches=[t(20, 6)], r=2, rho=2.0, max_batches=4, tau=0.99),
     ),
-    "eva.inject_eva": lambda: (eva.inject_eva, dict(model=mlp(), found=found(), lora_alpha=8, name="eva")),
-    "eva.redistribute": lambda: (eva.redistribute, dict(ratios={"a": t(3).abs(), "b": t(3).abs()}, budget=3)),
-    "eva.start": lambda: (eva.start, dict(spectrum=spectrum(), r=2)),
-    "files.config": lambda: (files.config, dict(model=adapted(), name="default")),
-    "files.state": lambda: (files.state, dict(model=adapted(), name="default")),
-    "finding.bare": lambda: (finding.bare, dict(module=nn.Linear(6, 4))),
-    "finding.find": lambda: (finding.find, dict(model=mlp(), targets=["0"], exclude=["2"])),
-    "finding.matches": lambda: (finding.matches, dict(label="targets", wanted=["0"], model=mlp())),
-    "finding.named": lambda: (finding.named, dict(model=mlp())),
-    "hydra.Hydra": lambda: (hydra.Hydra, dict(base=base(), r_par=2, r_seq=2, scale=1.0, dropout=0.0)),
-    "hydra.Hydra.forward": lambda: (adapted(hydra.Hydra), dict(input=t(3, 6))),
-    "hydra.as_lora": lambda: (
+    "inject_eva": lambda: (eva.inject_eva, dict(model=mlp(), found=found(), lora_alpha=8, name="eva")),
+    "redistribute": lambda: (eva.redistribute, dict(ratios={"a": t(3).abs(), "b": t(3).abs()}, budget=3)),
+    "start": lambda: (eva.start, dict(spectrum=spectrum(), r=2)),
+    "config": lambda: (files.config, dict(model=adapted(), name="default")),
+    "state": lambda: (files.state, dict(model=adapted(), name="default")),
+    "bare": lambda: (finding.bare, dict(module=nn.Linear(6, 4))),
+    "find": lambda: (finding.find, dict(model=mlp(), targets=["0"], exclude=["2"])),
+    "matches": lambda: (finding.matches, dict(label="targets", wanted=["0"], model=mlp())),
+    "named": lambda: (finding.named, dict(model=mlp())),
+    "Hydra": lambda: (hydra.Hydra, dict(base=base(), r_par=2, r_seq=2, scale=1.0, dropout=0.0)),
+    "Hydra.forward": lambda: (adapted(hydra.Hydra), dict(input=t(3, 6))),
+    "as_lora": lambda: (
         (lambda adapter: hydra.as_lora(adapter, nn.Linear(6, 4))),
         dict(adapter=hydra.Hydra(base())),
     ),
-    "hyperformer.HyperNet": lambda: (
+    "HyperNet": lambda: (
         hyperformer.HyperNet,
         dict(d=8, tasks=2, layers=2, positions=1, reduction=4, p=4, dim=6, hidden=4),
     ),
-    "hyperformer.HyperNet.forward": lambda: (
+    "HyperNet.forward": lambda: (
         hyperformer.HyperNet(8, 2, 2, reduction=4, p=4, dim=6, hidden=4),
         dict(layer=0, position=0, one=1),
     ),
-    "hyperformer.Hyperformer": lambda: (
+    "Hyperformer": lambda: (
         hyperformer.Hyperformer,
         dict(
             base=base(),
@@ -371,53 +369,53 @@ ADAPTERS: dict[str, Callable[[], Call]] = {
             hyper=hyperformer.HyperNet(4, 2, 2, p=4, dim=6, hidden=4, reduction=2),
         ),
     ),
-    "hyperformer.places": lambda: (
+    "places": lambda: (
         hyperformer.places,
         dict(model=small_vit(), targets=[r"blocks\.0\.mlp\.fc2"]) | dict(targets=r"blocks\.\d+\.mlp\.fc2"),
     ),
-    "inputs.rows": lambda: (
+    "rows": lambda: (
         inputs.rows,
         dict(name="0", module=nn.Linear(6, 4), x=t(3, 6), mask=torch.ones(3, dtype=torch.bool)),
     ),
-    "inputs.run": lambda: (inputs.run, dict(model=mlp(), batch=t(3, 6))),
-    "inputs.together": lambda: (inputs.together, dict(model=(m := mlp()), layers={"0": m[0]}, batch=t(3, 6))),
-    "inputs.token_mask": lambda: (
+    "run": lambda: (inputs.run, dict(model=mlp(), batch=t(3, 6))),
+    "together": lambda: (inputs.together, dict(model=(m := mlp()), layers={"0": m[0]}, batch=t(3, 6))),
+    "token_mask": lambda: (
         inputs.token_mask,
         dict(batch={"attention_mask": torch.ones(2, 3), "labels": torch.ones(2, 3).long()}, ignore=-100),
     ),
-    "layers.Layer": lambda: (layers.Layer, dict(module=nn.Linear(6, 4), dtype=torch.float32)),
-    "layers.bypassed": lambda: (layers.bypassed, dict(parent=nn.TransformerEncoderLayer)),
-    "layers.refusal": lambda: (layers.refusal, dict(module=nn.Linear(6, 4))),
-    "layers.view": lambda: (layers.view, dict(module=nn.Linear(6, 4))),
-    "lora.LoRA": lambda: (lora.LoRA, dict(base=base(), r=2, lora_alpha=8, lora_dropout=0.0)),
-    "lora.LoRA.forward": lambda: (adapted(r=2), dict(input=t(3, 6))),
-    "lora.scaling": lambda: (lora.scaling, dict(r=2, lora_alpha=8)),
-    "multitask.Heads": lambda: (multitask.Heads, dict(d=6, classes=[2, 3], tasks=vl_adapter.Tasks(["a", "b"]))),
-    "multitask.TaskToken": lambda: (multitask.TaskToken, dict(base=base(), tasks=vl_adapter.Tasks(["a", "b"]))),
-    "multitask.relabelled": lambda: (multitask.relabelled, dict(task=one_task(), labels=(1, 0, 1, 0), name="even")),
-    "phm.PHM": lambda: (phm.PHM, dict(copies=2, i=6, o=4, n=2, rank=1)),
-    "phm.PHM.forward": lambda: (phm.PHM(2, 6, 4, 2), dict(one=1)),
-    "phm.Rule": lambda: (phm.Rule, dict(n=2, std=0.01, copies=2)),
-    "phm.phm_linear": lambda: (phm.phm_linear, dict(x=t(3, 6), A=t(2, 2, 2), B=t(2, 3, 2))),
-    "phm.phm_weight": lambda: (phm.phm_weight, dict(A=t(2, 2, 2), B=t(2, 3, 2))),
-    "spectra.Moments": lambda: (spectra.Moments, dict(center=True)),
-    "spectra.Moments.update": lambda: (spectra.Moments().update, dict(rows=t(20, 6))),
-    "spectra.absorb": lambda: (spectra.absorb, dict(old=spectrum(), rows=t(20, 6, seed=1), k=3)),
-    "spectra.agreement": lambda: (spectra.agreement, dict(new=spectrum(), old=spectrum(), r=2)),
-    "tasks.accuracy": lambda: (tasks.accuracy, dict(logits=t(8, 4), y=labels())),
-    "tasks.adapt": lambda: (
+    "Layer": lambda: (layers.Layer, dict(module=nn.Linear(6, 4), dtype=torch.float32)),
+    "bypassed": lambda: (layers.bypassed, dict(parent=nn.TransformerEncoderLayer)),
+    "refusal": lambda: (layers.refusal, dict(module=nn.Linear(6, 4))),
+    "view": lambda: (layers.view, dict(module=nn.Linear(6, 4))),
+    "LoRA": lambda: (lora.LoRA, dict(base=base(), r=2, lora_alpha=8, lora_dropout=0.0)),
+    "LoRA.forward": lambda: (adapted(r=2), dict(input=t(3, 6))),
+    "scaling": lambda: (lora.scaling, dict(r=2, lora_alpha=8)),
+    "Heads": lambda: (multitask.Heads, dict(d=6, classes=[2, 3], tasks=vl_adapter.Tasks(["a", "b"]))),
+    "TaskToken": lambda: (multitask.TaskToken, dict(base=base(), tasks=vl_adapter.Tasks(["a", "b"]))),
+    "relabelled": lambda: (multitask.relabelled, dict(task=one_task(), labels=(1, 0, 1, 0), name="even")),
+    "PHM": lambda: (phm.PHM, dict(copies=2, i=6, o=4, n=2, rank=1)),
+    "PHM.forward": lambda: (phm.PHM(2, 6, 4, 2), dict(one=1)),
+    "Rule": lambda: (phm.Rule, dict(n=2, std=0.01, copies=2)),
+    "phm_linear": lambda: (phm.phm_linear, dict(x=t(3, 6), A=t(2, 2, 2), B=t(2, 3, 2))),
+    "phm_weight": lambda: (phm.phm_weight, dict(A=t(2, 2, 2), B=t(2, 3, 2))),
+    "Moments": lambda: (spectra.Moments, dict(center=True)),
+    "Moments.update": lambda: (spectra.Moments().update, dict(rows=t(20, 6))),
+    "absorb": lambda: (spectra.absorb, dict(old=spectrum(), rows=t(20, 6, seed=1), k=3)),
+    "agreement": lambda: (spectra.agreement, dict(new=spectrum(), old=spectrum(), r=2)),
+    "accuracy": lambda: (tasks.accuracy, dict(logits=t(8, 4), y=labels())),
+    "adapt": lambda: (
         tasks.adapt,
         dict(build=tasks.full, task=one_task(), lr=0.01, seed=0, steps=2, batch_size=4, start=toy),
     ),
-    "tasks.best_rate": lambda: (tasks.best_rate, dict(lrs=(0.1, 0.2, 0.3), score=lambda lr: (-abs(lr - 0.2),))),
-    "tasks.compare": lambda: (
+    "best_rate": lambda: (tasks.best_rate, dict(lrs=(0.1, 0.2, 0.3), score=lambda lr: (-abs(lr - 0.2),))),
+    "compare": lambda: (
         tasks.compare,
         dict(methods={"full": tasks.full}, task=one_task(), seeds=(0,), lrs=(0.01,), steps=1, batch_size=4, start=toy),
     ),
-    "tasks.fresh": lambda: (tasks.fresh, dict(num_classes=4)),
-    "tasks.full": lambda: (tasks.full, dict(net=toy())),
-    "tasks.probe": lambda: (tasks.probe, dict(net=toy())),
-    "tasks.summary": lambda: (
+    "fresh": lambda: (tasks.fresh, dict(num_classes=4)),
+    "full": lambda: (tasks.full, dict(net=toy())),
+    "probe": lambda: (tasks.probe, dict(net=toy())),
+    "summary": lambda: (
         tasks.summary,
         dict(
             runs=tasks.compare(
@@ -425,113 +423,113 @@ ADAPTERS: dict[str, Callable[[], Call]] = {
             )
         ),
     ),
-    "tasks.train": lambda: (
+    "train": lambda: (
         tasks.train,
         dict(model=mlp(), x=t(8, 6), y=labels(), lr=0.01, steps=2, batch_size=4, clip=1.0),
     ),
-    "tasks.trainable": lambda: (tasks.trainable, dict(model=toy())),
-    "tasks.update_rank": lambda: (tasks.update_rank, dict(model=adapted_toy(), rtol=1e-5)),
-    "tera.Bank": lambda: (tera.Bank, dict(seed=0)),
-    "tera.TeRA": lambda: (tera.TeRA, dict(base=base(), out_modes=1, in_modes=2, r=2, seed=0)),
-    "tera.TeRA.forward": lambda: (adapted(tera.TeRA, seed=0), dict(input=t(3, 6))),
-    "tera.error_terms": lambda: (
+    "trainable": lambda: (tasks.trainable, dict(model=toy())),
+    "update_rank": lambda: (tasks.update_rank, dict(model=adapted_toy(), rtol=1e-5)),
+    "Bank": lambda: (tera.Bank, dict(seed=0)),
+    "TeRA": lambda: (tera.TeRA, dict(base=base(), out_modes=1, in_modes=2, r=2, seed=0)),
+    "TeRA.forward": lambda: (adapted(tera.TeRA, seed=0), dict(input=t(3, 6))),
+    "error_terms": lambda: (
         tera.error_terms,
         dict(target=t(4, 6), core=t(4, 6), left=[t(4, 4)], right=[t(2, 2), t(3, 3)]),
     ),
-    "tera.expand": lambda: (tera.expand, dict(vectors=[t(2), t(3)])),
-    "tera.multiply": lambda: (tera.multiply, dict(x=t(5, 6), factors=[t(2, 2), t(3, 3)])),
-    "tera.rank_bound": lambda: (tera.rank_bound, dict(left=[4], right=[2, 3])),
-    "tera.rank_one": lambda: (tera.rank_one, dict(tensor=t(2, 3, 2), steps=5)),
-    "tera.update": lambda: (
+    "expand": lambda: (tera.expand, dict(vectors=[t(2), t(3)])),
+    "multiply": lambda: (tera.multiply, dict(x=t(5, 6), factors=[t(2, 2), t(3, 3)])),
+    "rank_bound": lambda: (tera.rank_bound, dict(left=[4], right=[2, 3])),
+    "rank_one": lambda: (tera.rank_one, dict(tensor=t(2, 3, 2), steps=5)),
+    "update": lambda: (
         tera.update,
         dict(core=t(4, 6), left=[t(4, 4)], right=[t(2, 2), t(3, 3)], d_left=[t(4)], d_right=[t(2), t(3)]),
     ),
-    "tlora.TLoRA": lambda: (tlora.TLoRA, dict(base=base(), transform_rank=2, residual_rank=2, order=2)),
-    "tlora.TLoRA.forward": lambda: (adapted(tlora.TLoRA, residual_rank=2), dict(input=t(3, 6))),
-    "tlora.identity_cores": lambda: (tlora.identity_cores, dict(dims=[2, 3], rank=2, init="slot")),
-    "tlora.identity_distance": lambda: (tlora.identity_distance, dict(cores=tlora.identity_cores([2, 3], 2, "paper"))),
-    "tlora.identity_penalty": lambda: (tlora.identity_penalty, dict(cores=tlora.identity_cores([2, 3], 2, "paper"))),
-    "tlora.orthogonal_penalty": lambda: (
+    "TLoRA": lambda: (tlora.TLoRA, dict(base=base(), transform_rank=2, residual_rank=2, order=2)),
+    "TLoRA.forward": lambda: (adapted(tlora.TLoRA, residual_rank=2), dict(input=t(3, 6))),
+    "identity_cores": lambda: (tlora.identity_cores, dict(dims=[2, 3], rank=2, init="slot")),
+    "identity_distance": lambda: (tlora.identity_distance, dict(cores=tlora.identity_cores([2, 3], 2, "paper"))),
+    "identity_penalty": lambda: (tlora.identity_penalty, dict(cores=tlora.identity_cores([2, 3], 2, "paper"))),
+    "orthogonal_penalty": lambda: (
         tlora.orthogonal_penalty,
         dict(cores=tlora.identity_cores([2, 3], 2, "paper")),
     ),
-    "tlora.product": lambda: (
+    "product": lambda: (
         tlora.product,
         dict(left=[t(2, 2, 2, 2), t(3, 3, 2, 2)], right=[t(2, 2, 2, 2), t(3, 3, 2, 2)]),
     ),
-    "tlora.ring_factors": lambda: (
+    "ring_factors": lambda: (
         tlora.ring_factors,
         dict(up=[t(2, 2, 3), t(2, 3, 2)], down=[t(3, 2, 3), t(2, 3, 2)]),
     ),
-    "tlora.ring_matrix": lambda: (tlora.ring_matrix, dict(cores=[t(2, 2, 2, 2), t(3, 3, 2, 2)])),
-    "tlora.transform": lambda: (tlora.transform, dict(cores=[t(2, 2, 2, 2), t(3, 3, 2, 2)], x=t(5, 6))),
-    "vl_adapter.Stack": lambda: (vl_adapter.Stack, dict(copies=2, i=6, o=4)),
-    "vl_adapter.Stack.forward": lambda: (fixed(lambda: vl_adapter.Stack(2, 6, 4)), dict(one=1)),
-    "vl_adapter.Tasks": lambda: (vl_adapter.Tasks, dict(names=["a", "b"])),
-    "vl_adapter.Tasks.use": lambda: (vl_adapter.Tasks(["a", "b"]).use, dict(which=torch.tensor([0, 1]))),
-    "vl_adapter.VLAdapter": lambda: (
+    "ring_matrix": lambda: (tlora.ring_matrix, dict(cores=[t(2, 2, 2, 2), t(3, 3, 2, 2)])),
+    "transform": lambda: (tlora.transform, dict(cores=[t(2, 2, 2, 2), t(3, 3, 2, 2)], x=t(5, 6))),
+    "Stack": lambda: (vl_adapter.Stack, dict(copies=2, i=6, o=4)),
+    "Stack.forward": lambda: (fixed(lambda: vl_adapter.Stack(2, 6, 4)), dict(one=1)),
+    "Tasks": lambda: (vl_adapter.Tasks, dict(names=["a", "b"])),
+    "Tasks.use": lambda: (vl_adapter.Tasks(["a", "b"]).use, dict(which=torch.tensor([0, 1]))),
+    "VLAdapter": lambda: (
         vl_adapter.VLAdapter,
         dict(base=base(), reduction=2, tasks=vl_adapter.Tasks(["a", "b"])),
     ),
-    "vl_adapter.VLAdapter.forward": lambda: (shared()[0], dict(input=t(3, 6))),
-    "vl_adapter.affine": lambda: (vl_adapter.affine, dict(h=t(2, 5, 3), W=t(2, 4, 3), b=t(2, 4))),
-    "vl_adapter.bottleneck": lambda: (vl_adapter.bottleneck, dict(h=t(5, 6), D=t(2, 6), b=t(2), U=t(6, 2), c=t(6))),
+    "VLAdapter.forward": lambda: (shared()[0], dict(input=t(3, 6))),
+    "affine": lambda: (vl_adapter.affine, dict(h=t(2, 5, 3), W=t(2, 4, 3), b=t(2, 4))),
+    "bottleneck": lambda: (vl_adapter.bottleneck, dict(h=t(5, 6), D=t(2, 6), b=t(2), U=t(6, 2), c=t(6))),
 }
 
 CONTINUAL: dict[str, Callable[[], Call]] = {
-    "adab2n.AdaB2N": lambda: (adab2n.AdaB2N, dict(layer=bn(), tasks=2, kappa=0.5)),
-    "adab2n.AdaB2N.forward": lambda: (balanced(), dict(input=t(4, 6))),
-    "adab2n.adaptation_loss": lambda: (
+    "AdaB2N": lambda: (adab2n.AdaB2N, dict(layer=bn(), tasks=2, kappa=0.5)),
+    "AdaB2N.forward": lambda: (balanced(), dict(input=t(4, 6))),
+    "adaptation_loss": lambda: (
         (lambda model: (model(t(4, 6)), adab2n.adaptation_loss(model))[1]),
         dict(model=balanced()),
     ),
-    "adab2n.balance": lambda: (
+    "balance": lambda: (
         adab2n.balance,
         dict(rule=rehearsal.FineTune(), model=balanced(), tasks=stream_tasks(), strength=0.1, start=0),
     ),
-    "adab2n.begin_task": lambda: (adab2n.begin_task, dict(model=balanced(), task=1)),
-    "adab2n.convert": lambda: (adab2n.convert, dict(model=normed(), tasks=2, kappa=0.5)),
-    "adab2n.eta": lambda: (adab2n.eta, dict(k=3, momentum=0.1, kappa=0.5)),
-    "adab2n.parameter_groups": lambda: (adab2n.parameter_groups, dict(model=balanced(), weight_decay=0.1)),
-    "adab2n.task_batch": lambda: (entering(adab2n.task_batch), dict(model=balanced(), task_ids=torch.zeros(4).long())),
-    "adab2n.task_weights": lambda: (adab2n.task_weights, dict(psi=t(2), counts=torch.tensor([1.0, 3.0]))),
-    "adab2n_statistics.balanced_norm": lambda: (
+    "begin_task": lambda: (adab2n.begin_task, dict(model=balanced(), task=1)),
+    "convert": lambda: (adab2n.convert, dict(model=normed(), tasks=2, kappa=0.5)),
+    "eta": lambda: (adab2n.eta, dict(k=3, momentum=0.1, kappa=0.5)),
+    "parameter_groups": lambda: (adab2n.parameter_groups, dict(model=balanced(), weight_decay=0.1)),
+    "task_batch": lambda: (entering(adab2n.task_batch), dict(model=balanced(), task_ids=torch.zeros(4).long())),
+    "task_weights": lambda: (adab2n.task_weights, dict(psi=t(2), counts=torch.tensor([1.0, 3.0]))),
+    "balanced_norm": lambda: (
         adab2n_statistics.balanced_norm,
         dict(x=t(4, 6), weights=torch.full((4,), 0.25), scale=t(6), shift=t(6), eps=1e-5),
     ),
-    "adab2n_statistics.balanced_statistics": lambda: (
+    "balanced_statistics": lambda: (
         adab2n_statistics.balanced_statistics,
         dict(x=t(4, 6), weights=torch.full((4,), 0.25)),
     ),
-    "classp.CLASSP": lambda: (
+    "CLASSP": lambda: (
         classp.CLASSP,
         dict(params=[nn.Parameter(t(3))], lr=0.2, threshold=0.5, epsilon=1e-5, power=1.0),
     ),
-    "classp.classp_step": lambda: (
+    "classp_step": lambda: (
         classp.classp_step,
         dict(w=[t(3)], g=[t(3, seed=1)], s=[t(3).abs()], lr=0.2, power=1.0, threshold=0.5, eps=1e-5),
     ),
-    "classp.gate": lambda: (classp.gate, dict(g=t(3), threshold=0.5)),
-    "ewc.EWC": lambda: (ewc.EWC, dict(strength=1.0, decay=1.0, chunk_size=50)),
-    "ewc.EWC.end_task": lambda: (ewc.EWC(1.0).end_task, dict(model=mlp(), x=t(8, 6), y=labels())),
-    "ewc.diagonal_fisher": lambda: (ewc.diagonal_fisher, dict(model=mlp(), x=t(8, 6), y=labels(), chunk_size=4)),
-    "ewc.ewc_penalty": lambda: (
+    "gate": lambda: (classp.gate, dict(g=t(3), threshold=0.5)),
+    "EWC": lambda: (ewc.EWC, dict(strength=1.0, decay=1.0, chunk_size=50)),
+    "EWC.end_task": lambda: (ewc.EWC(1.0).end_task, dict(model=mlp(), x=t(8, 6), y=labels())),
+    "diagonal_fisher": lambda: (ewc.diagonal_fisher, dict(model=mlp(), x=t(8, 6), y=labels(), chunk_size=4)),
+    "ewc_penalty": lambda: (
         ewc.ewc_penalty,
         dict(theta={"w": t(3)}, anchor={"w": t(3, seed=1)}, fisher={"w": t(3).abs()}),
     ),
-    "film.FiLM": lambda: (film.FiLM, dict(norm=bn().eval())),
-    "film.FiLM.forward": lambda: (film.FiLM(bn().eval()), dict(x=t(4, 8))),
-    "film.film_parameters": lambda: (film.film_parameters, dict(model=filmed())),
-    "film.inject_film": lambda: (film.inject_film, dict(model=normed(), layers=["1"])),
-    "film.merge_film": lambda: (film.merge_film, dict(model=filmed())),
-    "film.remove_film": lambda: (film.remove_film, dict(model=filmed())),
-    "fsa.FSA": lambda: (fsa.FSA, dict(model=toy(), body="none", ridge=1.0, ridge_rel=0.0, num_classes=4, chunk=8)),
-    "fsa.FSA.adapt": lambda: (fsa.FSA(toy(), "full", epochs=2, batch_size=4).adapt, dict(x=t(12, 6), y=labels(12))),
-    "fsa.FSA.observe": lambda: (fitted_fsa().observe, dict(x=t(12, 6), y=labels(12))),
-    "fsa.FSA.forward": lambda: (fitted_fsa(), dict(x=t(12, 6))),
-    "fsa.cosine_distance": lambda: (fsa.cosine_distance, dict(features=t(4, 5))),
-    "fsa.embed": lambda: (fsa.embed, dict(model=toy(), x=t(3, 6))),
-    "fsa.first_session": lambda: (
+    "FiLM": lambda: (film.FiLM, dict(norm=bn().eval())),
+    "FiLM.forward": lambda: (film.FiLM(bn().eval()), dict(x=t(4, 8))),
+    "film_parameters": lambda: (film.film_parameters, dict(model=filmed())),
+    "inject_film": lambda: (film.inject_film, dict(model=normed(), layers=["1"])),
+    "merge_film": lambda: (film.merge_film, dict(model=filmed())),
+    "remove_film": lambda: (film.remove_film, dict(model=filmed())),
+    "FSA": lambda: (fsa.FSA, dict(model=toy(), body="none", ridge=1.0, ridge_rel=0.0, num_classes=4, chunk=8)),
+    "FSA.adapt": lambda: (fsa.FSA(toy(), "full", epochs=2, batch_size=4).adapt, dict(x=t(12, 6), y=labels(12))),
+    "FSA.observe": lambda: (fitted_fsa().observe, dict(x=t(12, 6), y=labels(12))),
+    "FSA.forward": lambda: (fitted_fsa(), dict(x=t(12, 6))),
+    "cosine_distance": lambda: (fsa.cosine_distance, dict(features=t(4, 5))),
+    "embed": lambda: (fsa.embed, dict(model=toy(), x=t(3, 6))),
+    "first_session": lambda: (
         fsa.first_session,
         dict(
             model=toy(),
@@ -546,84 +544,84 @@ CONTINUAL: dict[str, Callable[[], Call]] = {
             seed=0,
         ),
     ),
-    "lae.LAE": lambda: (lae.LAE, dict(model=adapted_toy(), alpha=0.99, lr=0.01, rule="max", features=8)),
-    "lae.LAE.begin_task": lambda: (continual_lae().begin_task, dict(classes=2)),
-    "lae.LAE.step": lambda: (continual_lae().step, dict(x=t(8, 6), y=labels())),
-    "lae.LAE.learn": lambda: (
+    "LAE": lambda: (lae.LAE, dict(model=adapted_toy(), alpha=0.99, lr=0.01, rule="max", features=8)),
+    "LAE.begin_task": lambda: (continual_lae().begin_task, dict(classes=2)),
+    "LAE.step": lambda: (continual_lae().step, dict(x=t(8, 6), y=labels())),
+    "LAE.learn": lambda: (
         continual_lae().learn,
         dict(task=rows_split(), generator=gen(), epochs=2, frozen_epochs=1, batch_size=4),
     ),
-    "lae.LAE.forward": lambda: (continual_lae(), dict(x=t(8, 6))),
-    "lae.alpha_for": lambda: (lae.alpha_for, dict(kept=0.5, steps=10)),
-    "lae.ema_": lambda: (lae.ema_, dict(offline=[t(3)], online=[t(3, seed=1)], alpha=0.9)),
-    "lae.vote": lambda: (lae.vote, dict(logits=t(2, 3, 4), rule="max")),
-    "lae_head.DynamicHead": lambda: (lae_head.DynamicHead, dict(features=6)),
-    "lae_head.DynamicHead.grow": lambda: (lae_head.DynamicHead(6).grow, dict(classes=2)),
-    "lae_head.DynamicHead.forward": lambda: (grown(), dict(h=t(3, 6))),
-    "lae_head.local_loss": lambda: (lae_head.local_loss, dict(logits=t(8, 4), y=labels(8, 2) + 2, start=2)),
-    "lda.LDA": lambda: (lda.LDA, dict(scatter="total", ridge=1.0, ridge_rel=0.0)),
-    "lda.LDA.partial_fit": lambda: (
+    "LAE.forward": lambda: (continual_lae(), dict(x=t(8, 6))),
+    "alpha_for": lambda: (lae.alpha_for, dict(kept=0.5, steps=10)),
+    "ema_": lambda: (lae.ema_, dict(offline=[t(3)], online=[t(3, seed=1)], alpha=0.9)),
+    "vote": lambda: (lae.vote, dict(logits=t(2, 3, 4), rule="max")),
+    "DynamicHead": lambda: (lae_head.DynamicHead, dict(features=6)),
+    "DynamicHead.grow": lambda: (lae_head.DynamicHead(6).grow, dict(classes=2)),
+    "DynamicHead.forward": lambda: (grown(), dict(h=t(3, 6))),
+    "local_loss": lambda: (lae_head.local_loss, dict(logits=t(8, 4), y=labels(8, 2) + 2, start=2)),
+    "LDA": lambda: (lda.LDA, dict(scatter="total", ridge=1.0, ridge_rel=0.0)),
+    "LDA.partial_fit": lambda: (
         lda.LDA().partial_fit(t(12, 5), labels(12)).partial_fit,
         dict(features=t(12, 5), labels=labels(12)),
     ),
-    "lda.LDA.forward": lambda: (lda.LDA().partial_fit(t(12, 5), labels(12)), dict(features=t(3, 5))),
-    "lda.discriminant": lambda: (lda.discriminant, dict(m=moments(), scatter="total", ridge=1.0, ridge_rel=0.0)),
-    "lda.merge": lambda: (lda.merge, dict(a=moments(), b=moments(1))),
-    "lda.moments": lambda: (lda.moments, dict(features=t(12, 5), codes=labels(12, 3), classes=3)),
-    "metrics.average_accuracy": lambda: (
+    "LDA.forward": lambda: (lda.LDA().partial_fit(t(12, 5), labels(12)), dict(features=t(3, 5))),
+    "discriminant": lambda: (lda.discriminant, dict(m=moments(), scatter="total", ridge=1.0, ridge_rel=0.0)),
+    "merge": lambda: (lda.merge, dict(a=moments(), b=moments(1))),
+    "moments": lambda: (lda.moments, dict(features=t(12, 5), codes=labels(12, 3), classes=3)),
+    "average_accuracy": lambda: (
         metrics.average_accuracy,
         dict(a=accuracies(), counts=torch.tensor([10, 20, 30])),
     ),
-    "metrics.average_incremental": lambda: (metrics.average_incremental, dict(a=accuracies())),
-    "metrics.backward_transfer": lambda: (metrics.backward_transfer, dict(a=accuracies())),
-    "metrics.evaluate": lambda: (metrics.evaluate, dict(predict=mlp(), tasks=stream_tasks(), batch_size=4)),
-    "metrics.forgetting": lambda: (metrics.forgetting, dict(a=accuracies())),
-    "metrics.forward_transfer": lambda: (
+    "average_incremental": lambda: (metrics.average_incremental, dict(a=accuracies())),
+    "backward_transfer": lambda: (metrics.backward_transfer, dict(a=accuracies())),
+    "evaluate": lambda: (metrics.evaluate, dict(predict=mlp(), tasks=stream_tasks(), batch_size=4)),
+    "forgetting": lambda: (metrics.forgetting, dict(a=accuracies())),
+    "forward_transfer": lambda: (
         metrics.forward_transfer,
         dict(a=torch.rand(3, 3, generator=gen()), untrained=torch.full((3,), 0.1)),
     ),
-    "metrics.last_accuracy": lambda: (metrics.last_accuracy, dict(a=accuracies())),
-    "metrics.plasticity": lambda: (metrics.plasticity, dict(a=accuracies())),
-    "metrics.summary": lambda: (metrics.summary, dict(a=accuracies())),
-    "norms.continual_norm": lambda: (norms.continual_norm, dict(layer=bn(), groups=4)),
-    "norms.group_norm": lambda: (norms.group_norm, dict(layer=bn(), groups=4)),
-    "norms.replace_batch_norms": lambda: (
+    "last_accuracy": lambda: (metrics.last_accuracy, dict(a=accuracies())),
+    "plasticity": lambda: (metrics.plasticity, dict(a=accuracies())),
+    "summary": lambda: (metrics.summary, dict(a=accuracies())),
+    "continual_norm": lambda: (norms.continual_norm, dict(layer=bn(), groups=4)),
+    "group_norm": lambda: (norms.group_norm, dict(layer=bn(), groups=4)),
+    "replace_batch_norms": lambda: (
         norms.replace_batch_norms,
         dict(model=normed(), make=lambda m: norms.group_norm(m, 4)),
     ),
-    "pet.Experts": lambda: (
+    "Experts": lambda: (
         (lambda one, two: pet.Experts(one, two)),
         dict(one=lora.LoRA(base()), two=lora.LoRA(base())),
     ),
-    "pet.KVLoRA": lambda: (pet.KVLoRA, dict(base=layers.view(nn.Linear(6, 18)), r=2)),
-    "pet.ParallelAdapter": lambda: (pet.ParallelAdapter, dict(base=base(), hidden=2)),
-    "pet.ParallelAdapter.forward": lambda: (squared(), dict(input=t(3, 6))),
-    "prefix.AttentionHost": lambda: (prefix.AttentionHost, dict(base_layer=small_vit().blocks[0].attn)),
-    "prefix.Prefix": lambda: (
+    "KVLoRA": lambda: (pet.KVLoRA, dict(base=layers.view(nn.Linear(6, 18)), r=2)),
+    "ParallelAdapter": lambda: (pet.ParallelAdapter, dict(base=base(), hidden=2)),
+    "ParallelAdapter.forward": lambda: (squared(), dict(input=t(3, 6))),
+    "AttentionHost": lambda: (prefix.AttentionHost, dict(base_layer=small_vit().blocks[0].attn)),
+    "Prefix": lambda: (
         prefix.Prefix,
         dict(base=layers.view(small_vit().blocks[0].attn, torch.float32), length=2),
     ),
-    "prefix.Prefix.forward": lambda: (prefixed(), dict(x=t(2, 1, 14, 14))),
-    "prefix.heads": lambda: (prefix.heads, dict(attn=small_vit().blocks[0].attn, x=t(2, 5, 8))),
-    "prefix.inject_prefix": lambda: (prefix.inject_prefix, dict(model=small_vit(), targets=["attn"], length=2)),
-    "prefix.prefix_attention": lambda: (
+    "Prefix.forward": lambda: (prefixed(), dict(x=t(2, 1, 14, 14))),
+    "heads": lambda: (prefix.heads, dict(attn=small_vit().blocks[0].attn, x=t(2, 5, 8))),
+    "inject_prefix": lambda: (prefix.inject_prefix, dict(model=small_vit(), targets=["attn"], length=2)),
+    "prefix_attention": lambda: (
         prefix.prefix_attention,
         dict(q=t(2, 2, 5, 4), k=t(2, 2, 5, 4), v=t(2, 2, 5, 4), p_k=t(2, 3, 4), p_v=t(2, 3, 4)),
     ),
-    "prefix.prefix_share": lambda: (prefix.prefix_share, dict(q=t(2, 2, 5, 4), k=t(2, 2, 5, 4), p_k=t(2, 3, 4))),
-    "rehearsal.DERpp": lambda: (rehearsal.DERpp, dict(buffer=replay.Reservoir(8), batch_size=4, alpha=0.1, beta=0.5)),
-    "rehearsal.DERpp.loss": lambda: (rehearsal.DERpp(with_logits(), 4).loss, dict(model=mlp(), x=t(8, 6), y=labels())),
-    "rehearsal.ER": lambda: (rehearsal.ER, dict(buffer=replay.Reservoir(8), batch_size=4)),
-    "rehearsal.ER.loss": lambda: (rehearsal.ER(reservoir(), 4).loss, dict(model=mlp(), x=t(8, 6), y=labels())),
-    "rehearsal.ERACE": lambda: (rehearsal.ERACE, dict(buffer=replay.Reservoir(8), batch_size=4)),
-    "rehearsal.ERACE.loss": lambda: (
+    "prefix_share": lambda: (prefix.prefix_share, dict(q=t(2, 2, 5, 4), k=t(2, 2, 5, 4), p_k=t(2, 3, 4))),
+    "DERpp": lambda: (rehearsal.DERpp, dict(buffer=replay.Reservoir(8), batch_size=4, alpha=0.1, beta=0.5)),
+    "DERpp.loss": lambda: (rehearsal.DERpp(with_logits(), 4).loss, dict(model=mlp(), x=t(8, 6), y=labels())),
+    "ER": lambda: (rehearsal.ER, dict(buffer=replay.Reservoir(8), batch_size=4)),
+    "ER.loss": lambda: (rehearsal.ER(reservoir(), 4).loss, dict(model=mlp(), x=t(8, 6), y=labels())),
+    "ERACE": lambda: (rehearsal.ERACE, dict(buffer=replay.Reservoir(8), batch_size=4)),
+    "ERACE.loss": lambda: (
         begun(rehearsal.ERACE(reservoir(), 4)).loss,
         dict(model=mlp(), x=t(8, 6), y=labels()),
     ),
-    "rehearsal.FineTune": lambda: (rehearsal.FineTune, {}),
-    "rehearsal.FineTune.loss": lambda: (rehearsal.FineTune().loss, dict(model=mlp(), x=t(8, 6), y=labels())),
-    "rehearsal.ace_mask": lambda: (rehearsal.ace_mask, dict(logits=t(8, 4), y=labels(), seen=2)),
-    "rehearsal.derpp_loss": lambda: (
+    "FineTune": lambda: (rehearsal.FineTune, {}),
+    "FineTune.loss": lambda: (rehearsal.FineTune().loss, dict(model=mlp(), x=t(8, 6), y=labels())),
+    "ace_mask": lambda: (rehearsal.ace_mask, dict(logits=t(8, 4), y=labels(), seen=2)),
+    "derpp_loss": lambda: (
         rehearsal.derpp_loss,
         dict(
             new=t(8, 4),
@@ -636,32 +634,32 @@ CONTINUAL: dict[str, Callable[[], Call]] = {
             beta=0.5,
         ),
     ),
-    "rehearsal.er_ace_loss": lambda: (
+    "er_ace_loss": lambda: (
         rehearsal.er_ace_loss,
         dict(new=t(8, 4), y=labels(), seen=2, old=t(4, 4), y_old=labels(4)),
     ),
-    "rehearsal.er_loss": lambda: (rehearsal.er_loss, dict(new=t(8, 4), y=labels(), old=t(4, 4), y_old=labels(4))),
-    "replay.Reservoir": lambda: (replay.Reservoir, dict(size=8, seed=0)),
-    "replay.Reservoir.add": lambda: ((lambda x, y: reservoir().add(x, y)), dict(x=t(8, 6), y=labels())),
-    "replay.Reservoir.draw": lambda: (reservoir().draw, dict(n=3)),
-    "streams.batches": lambda: (
+    "er_loss": lambda: (rehearsal.er_loss, dict(new=t(8, 4), y=labels(), old=t(4, 4), y_old=labels(4))),
+    "Reservoir": lambda: (replay.Reservoir, dict(size=8, seed=0)),
+    "Reservoir.add": lambda: ((lambda x, y: reservoir().add(x, y)), dict(x=t(8, 6), y=labels())),
+    "Reservoir.draw": lambda: (reservoir().draw, dict(n=3)),
+    "batches": lambda: (
         listing(task_streams.batches),
         dict(split=rows_split(), batch_size=4, epochs=1, generator=gen()),
     ),
-    "streams.class_incremental": lambda: (
+    "class_incremental": lambda: (
         task_streams.class_incremental,
         dict(data=dataset(), tasks=2, seed=0, per_class=3, val=0.2),
     ),
-    "streams.domain_incremental": lambda: (
+    "domain_incremental": lambda: (
         (lambda data: task_streams.domain_incremental(data, data)),
         dict(data=dataset()),
     ),
-    "streams.task_of": lambda: (task_streams.task_of, dict(tasks=stream_tasks())),
-    "train.joint": lambda: (
+    "task_of": lambda: (task_streams.task_of, dict(tasks=stream_tasks())),
+    "joint": lambda: (
         train.joint,
         dict(model=mlp(), tasks=stream_tasks(), lr=0.01, batch_size=4, epochs=1, seed=0),
     ),
-    "train.learn": lambda: (
+    "learn": lambda: (
         train.learn,
         dict(model=mlp(), tasks=stream_tasks(), rule=rehearsal.FineTune(), lr=0.01, batch_size=4, epochs=1, seed=0),
     ),
@@ -752,12 +750,12 @@ def calls_merged(rule: Callable[..., Any]) -> Callable[..., Any]:
 
 
 MERGING: dict[str, Callable[[], Call]] = {
-    "arithmetic.average": lambda: (calls_merged(arithmetic.average), {}),
-    "arithmetic.dare": lambda: (
+    "average": lambda: (calls_merged(arithmetic.average), {}),
+    "dare": lambda: (
         calls_merged(arithmetic.dare),
         dict(drop=0.5, then=arithmetic.task_arithmetic(), seed=0),
     ),
-    "arithmetic.fisher_wise_ft": lambda: (
+    "fisher_wise_ft": lambda: (
         (
             lambda alpha, fisher0, fisher1, floor: merging.merge(
                 states()[0], [states()[1]], arithmetic.fisher_wise_ft(alpha, fisher0, fisher1, floor)
@@ -770,19 +768,19 @@ MERGING: dict[str, Callable[[], Call]] = {
             floor=1e-6,
         ),
     ),
-    "arithmetic.linear": lambda: (calls_merged(arithmetic.linear), dict(weights=[0.5, 0.5])),
-    "arithmetic.task_arithmetic": lambda: (calls_merged(arithmetic.task_arithmetic), dict(scale=0.3)),
-    "arithmetic.wise_ft": lambda: (
+    "linear": lambda: (calls_merged(arithmetic.linear), dict(weights=[0.5, 0.5])),
+    "task_arithmetic": lambda: (calls_merged(arithmetic.task_arithmetic), dict(scale=0.3)),
+    "wise_ft": lambda: (
         (lambda alpha: merging.merge(states()[0], [states()[1]], arithmetic.wise_ft(alpha))),
         dict(alpha=0.5),
     ),
-    "bang.bang_loss": lambda: (
+    "bang_loss": lambda: (
         bang.bang_loss,
         dict(model=mlp(), x=t(8, 6), y=labels(), smoothing=0.1, mixing=0.5, generator=gen()),
     ),
-    "bang.calibration_error": lambda: (bang.calibration_error, dict(probs=t(8, 4).softmax(1), y=labels(), bins=5)),
-    "bang.confidence": lambda: (bang.confidence, dict(probs=t(8, 4).softmax(1))),
-    "bang.fine_tune": lambda: (
+    "calibration_error": lambda: (bang.calibration_error, dict(probs=t(8, 4).softmax(1), y=labels(), bins=5)),
+    "confidence": lambda: (bang.confidence, dict(probs=t(8, 4).softmax(1))),
+    "fine_tune": lambda: (
         bang.fine_tune,
         dict(
             model=mlp(),
@@ -797,23 +795,23 @@ MERGING: dict[str, Callable[[], Call]] = {
             seed=0,
         ),
     ),
-    "bang.mixup": lambda: (
+    "mixup": lambda: (
         bang.mixup,
         dict(x=t(8, 6), targets=t(8, 4).softmax(1), mixing=0.5, generator=gen(), nu=0.5),
     ),
-    "bang.outcomes": lambda: (
+    "outcomes": lambda: (
         bang.outcomes,
         dict(y=labels(), first=labels(), second=labels().flip(0), average=labels()),
     ),
-    "bang.smooth": lambda: (bang.smooth, dict(targets=t(8, 4).softmax(1), smoothing=0.1)),
-    "bang.soft_cross_entropy": lambda: (bang.soft_cross_entropy, dict(logits=t(8, 4), targets=t(8, 4).softmax(1))),
-    "batchnorm.batchnorms": lambda: (batchnorm.batchnorms, dict(model=normed())),
-    "batchnorm.recalibrate": lambda: (batchnorm.recalibrate, dict(model=normed(), batches=[t(8, 6)])),
-    "colournets.ColourNets": lambda: (colournets.ColourNets, dict(seeds=[0, 1], hidden=4)),
-    "colournets.ColourNets.forward": lambda: (colournets.ColourNets([0, 1], 4), dict(x=t(5, 2, 292))),
-    "colournets.distinct": lambda: (colournets.distinct, dict(x=t(5, 3, 42, 42))),
-    "colournets.hits": lambda: (colournets.hits, dict(outputs=t(8, 2, 10), y=labels())),
-    "colournets.train": lambda: (
+    "smooth": lambda: (bang.smooth, dict(targets=t(8, 4).softmax(1), smoothing=0.1)),
+    "soft_cross_entropy": lambda: (bang.soft_cross_entropy, dict(logits=t(8, 4), targets=t(8, 4).softmax(1))),
+    "batchnorms": lambda: (batchnorm.batchnorms, dict(model=normed())),
+    "recalibrate": lambda: (batchnorm.recalibrate, dict(model=normed(), batches=[t(8, 6)])),
+    "ColourNets": lambda: (colournets.ColourNets, dict(seeds=[0, 1], hidden=4)),
+    "ColourNets.forward": lambda: (colournets.ColourNets([0, 1], 4), dict(x=t(5, 2, 292))),
+    "distinct": lambda: (colournets.distinct, dict(x=t(5, 3, 42, 42))),
+    "hits": lambda: (colournets.hits, dict(outputs=t(8, 2, 10), y=labels())),
+    "train": lambda: (
         colournets.train,
         dict(
             nets=colournets.ColourNets([0, 1], 4),
@@ -828,7 +826,7 @@ MERGING: dict[str, Callable[[], Call]] = {
             snapshots=(1,),
         ),
     ),
-    "colournets.scenes": lambda: (
+    "scenes": lambda: (
         colournets.scenes,
         dict(
             split=sets.Split(torch.rand(4, 1, 28, 28, generator=gen()), labels(4)),
@@ -838,13 +836,13 @@ MERGING: dict[str, Callable[[], Call]] = {
             colours=32,
         ),
     ),
-    "core.check_aligned": lambda: (
+    "check_aligned": lambda: (
         merging.check_aligned,
         dict(base=states()[0], models=list(states()[1:]), skip=["b"]),
     ),
-    "core.delta": lambda: (merging.delta, dict(state=states()[0], base=states()[1], names=["w"])),
-    "core.elementwise": lambda: (merging.elementwise, dict(rule=arithmetic.average())),
-    "core.fill": lambda: (
+    "delta": lambda: (merging.delta, dict(state=states()[0], base=states()[1], names=["w"])),
+    "elementwise": lambda: (merging.elementwise, dict(rule=arithmetic.average())),
+    "fill": lambda: (
         merging.fill,
         dict(
             base=states()[0],
@@ -853,97 +851,97 @@ MERGING: dict[str, Callable[[], Call]] = {
             place=lambda name, like: torch.empty_like(like),
         ),
     ),
-    "core.merge": lambda: (
+    "merge": lambda: (
         merging.merge,
         dict(base=states()[0], models=list(states()[1:]), rule=arithmetic.average(), skip=["b"]),
     ),
-    "core.widen": lambda: (merging.widen, dict(t=t(3))),
-    "corrupted.Corrupting": lambda: (corrupted.Corrupting, dict(model=nn.Identity(), name="contrast", seed=0)),
-    "corrupted.Corrupting.forward": lambda: (
+    "widen": lambda: (merging.widen, dict(t=t(3))),
+    "Corrupting": lambda: (corrupted.Corrupting, dict(model=nn.Identity(), name="contrast", seed=0)),
+    "Corrupting.forward": lambda: (
         corrupted.Corrupting(nn.Identity(), "contrast"),
         dict(x=torch.rand(3, 1, 28, 28, generator=gen())),
     ),
-    "corrupted.accuracy": lambda: (corrupted.accuracy, dict(model=mlp(), state=mlp().state_dict(), data=rows_split())),
-    "corrupted.corrupted": lambda: (
+    "accuracy": lambda: (corrupted.accuracy, dict(model=mlp(), state=mlp().state_dict(), data=rows_split())),
+    "corrupted": lambda: (
         corrupted.corrupted,
         dict(data=sets.Split(torch.rand(4, 1, 28, 28, generator=gen()), labels(4)), name="contrast", seed=0),
     ),
-    "layers.first": lambda: (units.first, dict(units=[["a"], ["b", "c"]], k=1)),
-    "layers.units": lambda: (units.units, dict(model=cnn())),
-    "patching.Patched": lambda: (patching.Patched, dict(model=mlp(), patch={"0.weight": t(8, 6)})),
-    "patching.Patched.on": lambda: (patching.Patched(mlp(), {"0.weight": t(8, 6)}).on, dict(strength=0.5)),
-    "patching.apply": lambda: (patching.apply, dict(host=states()[0], patch=patch())),
-    "quantise.quantise": lambda: (quantise.quantise, dict(signature={"w": t(6, 4)}, levels=16)),
-    "quantise.Quantised.dequantise": lambda: (quantised().dequantise, {}),
-    "rws.average_batchnorm": lambda: (rws.average_batchnorm, dict(model=normed(), robust=[normed().state_dict()])),
-    "rws.blend_statistics": lambda: (rws.blend_statistics, dict(model=normed(), batches=[t(8, 6)], strength=1.0)),
-    "rws.compose": lambda: (rws.compose, dict(signatures=[patch(), patch()], weights=[1.0, 2.0], strength=1.0)),
-    "rws.signature": lambda: (
+    "first": lambda: (units.first, dict(units=[["a"], ["b", "c"]], k=1)),
+    "units": lambda: (units.units, dict(model=cnn())),
+    "Patched": lambda: (patching.Patched, dict(model=mlp(), patch={"0.weight": t(8, 6)})),
+    "Patched.on": lambda: (patching.Patched(mlp(), {"0.weight": t(8, 6)}).on, dict(strength=0.5)),
+    "apply": lambda: (patching.apply, dict(host=states()[0], patch=patch())),
+    "quantise": lambda: (quantise.quantise, dict(signature={"w": t(6, 4)}, levels=16)),
+    "Quantised.dequantise": lambda: (quantised().dequantise, {}),
+    "average_batchnorm": lambda: (rws.average_batchnorm, dict(model=normed(), robust=[normed().state_dict()])),
+    "blend_statistics": lambda: (rws.blend_statistics, dict(model=normed(), batches=[t(8, 6)], strength=1.0)),
+    "compose": lambda: (rws.compose, dict(signatures=[patch(), patch()], weights=[1.0, 2.0], strength=1.0)),
+    "signature": lambda: (
         rws.signature,
         dict(pretrained=states()[0], clean=states()[1], robust=states()[2], names=["w"]),
     ),
-    "spurious.accuracy": lambda: (spurious.accuracy, dict(x=1.0, p=0.5, classes=3)),
-    "spurious.imbalance_gain": lambda: (spurious.imbalance_gain, dict(scale=2.0)),
-    "spurious.margin_ose": lambda: (spurious.margin_ose, dict(p=0.5, n_v=2, n_s=3, n_v2=2, n_s2=3, scale=1.0)),
-    "spurious.margin_single": lambda: (spurious.margin_single, dict(p=0.5, n_v=2, n_s=3)),
-    "spurious.margin_wse": lambda: (
+    "spurious_accuracy": lambda: (spurious.spurious_accuracy, dict(x=1.0, p=0.5, classes=3)),
+    "imbalance_gain": lambda: (spurious.imbalance_gain, dict(scale=2.0)),
+    "margin_ose": lambda: (spurious.margin_ose, dict(p=0.5, n_v=2, n_s=3, n_v2=2, n_s2=3, scale=1.0)),
+    "margin_single": lambda: (spurious.margin_single, dict(p=0.5, n_v=2, n_s=3)),
+    "margin_wse": lambda: (
         spurious.margin_wse,
         dict(p=0.5, n_v=2, n_s=3, n_v2=2, n_s2=3, scale=1.0, feature_scale=1.0),
     ),
-    "spurious.simulate": lambda: (
+    "simulate": lambda: (
         spurious.simulate,
         dict(p=0.5, n_v=2, n_s=3, classes=3, generator=gen(), scale=1.0, feature_scale=1.0, draws=100, noise=1e-6),
     ),
-    "ties.ties": lambda: (calls_merged(ties.ties), dict(density=0.5, scale=1.0, weights=[1.0, 2.0], elect="mass")),
-    "ties.trim_thresholds": lambda: (
+    "ties": lambda: (calls_merged(ties.ties), dict(density=0.5, scale=1.0, weights=[1.0, 2.0], elect="mass")),
+    "trim_thresholds": lambda: (
         ties.trim_thresholds,
         dict(base=states()[0], models=list(states()[1:]), density=0.5),
     ),
 }
 
 DATA: dict[str, Callable[[], Call]] = {
-    "corruptions.corrupt": lambda: (
+    "corrupt": lambda: (
         corruptions.corrupt,
         dict(x=pictures(), name="contrast", severity=3, seed=0, table="cifar"),
     ),
-    "multicolor.colour_maps": lambda: (multicolor.colour_maps, dict(generator=gen(), colours=32)),
-    "multicolor.multicolor": lambda: (
+    "colour_maps": lambda: (multicolor.colour_maps, dict(generator=gen(), colours=32)),
+    "multicolor": lambda: (
         multicolor.multicolor,
         dict(x=torch.rand(4, 1, 28, 28, generator=gen()), y=labels(4), p=0.5, generator=gen(), colours=32),
     ),
-    "orders.as_stored": lambda: (orders.as_stored, dict(y=labels(), generator=gen())),
-    "orders.dirichlet": lambda: (
+    "as_stored": lambda: (orders.as_stored, dict(y=labels(), generator=gen())),
+    "dirichlet": lambda: (
         (lambda y, **rest: orders.dirichlet(**rest)(y, gen())),
         dict(y=labels(40), delta=1.0, min_size=1, attempts=100),
     ),
-    "orders.grouped": lambda: ((lambda groups: orders.grouped(groups)(labels(), gen())), dict(groups=labels())),
-    "orders.label_shift": lambda: (
+    "grouped": lambda: ((lambda groups: orders.grouped(groups)(labels(), gen())), dict(groups=labels())),
+    "label_shift": lambda: (
         (lambda prior: orders.label_shift(prior)(labels(), gen())),
         dict(prior=torch.ones(4)),
     ),
-    "orders.long_tail_prior": lambda: (orders.long_tail_prior, dict(classes=4, imbalance=10.0)),
-    "orders.power_prior": lambda: (orders.power_prior, dict(prior=torch.ones(4), rho=0.5)),
-    "orders.shuffled": lambda: (orders.shuffled, dict(y=labels(), generator=gen())),
-    "orders.sorted_by_class": lambda: (orders.sorted_by_class, dict(y=labels(), generator=gen())),
-    "orders.zipf": lambda: (
+    "long_tail_prior": lambda: (orders.long_tail_prior, dict(classes=4, imbalance=10.0)),
+    "power_prior": lambda: (orders.power_prior, dict(prior=torch.ones(4), rho=0.5)),
+    "shuffled": lambda: (orders.shuffled, dict(y=labels(), generator=gen())),
+    "sorted_by_class": lambda: (orders.sorted_by_class, dict(y=labels(), generator=gen())),
+    "zipf": lambda: (
         (lambda y, **rest: orders.zipf(**rest)(y, gen())),
         dict(y=torch.arange(1000) % 10, a=2.0, head=0.1, head_share=0.5, attempts=10000),
     ),
-    "read.read_cifar_binary": lambda: (read.read_cifar_binary, dict(path=cifar_file(), classes=10)),
-    "sets.load": lambda: (sets.load, dict(name="digits")),
-    "streams.continual": lambda: (
+    "read_cifar_binary": lambda: (read.read_cifar_binary, dict(path=cifar_file(), classes=10)),
+    "load": lambda: (sets.load, dict(name="digits")),
+    "continual": lambda: (
         streams.continual,
         dict(data=pictures_split(), domains=["contrast"], severity=3, batch_size=4, cycles=1, seed=0),
     ),
-    "streams.gradual": lambda: (
+    "gradual": lambda: (
         streams.gradual,
         dict(data=pictures_split(), domains=["contrast"], batch_size=4, seed=0),
     ),
-    "streams.mixed": lambda: (
+    "mixed": lambda: (
         streams.mixed,
         dict(data=pictures_split(), domains=["contrast"], severity=3, batch_size=4, seed=0),
     ),
-    "streams.Stream": lambda: (streams.Stream, vars(stream()).copy()),
+    "Stream": lambda: (streams.Stream, vars(stream()).copy()),
 }
 
 
@@ -957,8 +955,8 @@ def panel_columns() -> dict[str, Any]:
 
 
 PANEL: dict[str, Callable[[], Call]] = {
-    "columns.read_panel": lambda: (columns.read_panel, panel_columns() | dict(estimator="cre")),
-    "crossfit.check_shapes": lambda: (
+    "read_panel": lambda: (columns.read_panel, panel_columns() | dict(estimator="cre")),
+    "check_shapes": lambda: (
         crossfit.check_shapes,
         dict(
             z=t(1, 2, 36).double(),
@@ -969,17 +967,17 @@ PANEL: dict[str, Callable[[], Call]] = {
             linear=0,
         ),
     ),
-    "crossfit.crossfit": lambda: (
+    "crossfit": lambda: (
         crossfit.crossfit,
         dict(
             z=t(1, 2, 36).double(), targets=t(1, 2, 36).double(), folds=made_folds(), learner=ridge.PolynomialRidge(1)
         ),
     ),
-    "dgp.dgp_clarke_polselli_2025": lambda: (
+    "dgp_clarke_polselli_2025": lambda: (
         dgp.dgp_clarke_polselli_2025,
         dict(design=1, n_units=5, n_periods=3, n_covariates=4, theta=0.5, seeds=(0,)),
     ),
-    "dgp.dgp_fuhr_papies_2024": lambda: (
+    "dgp_fuhr_papies_2024": lambda: (
         dgp.dgp_fuhr_papies_2024,
         dict(
             structure="C",
@@ -994,7 +992,7 @@ PANEL: dict[str, Callable[[], Call]] = {
             seeds=(0,),
         ),
     ),
-    "dml_panel.PanelDML": lambda: (
+    "PanelDML": lambda: (
         (lambda **options: dml_panel.PanelDML(**options).fit(**panel_columns())),
         dict(
             estimator="cre",
@@ -1008,38 +1006,38 @@ PANEL: dict[str, Callable[[], Call]] = {
             seed=0,
         ),
     ),
-    "dml_panel.PanelDML.fit": lambda: (
+    "PanelDML.fit": lambda: (
         dml_panel.PanelDML(folds=2).fit,
         {k: v.to_numpy() for k, v in panel_columns().items()},
     ),
-    "dml_panel.PanelDML.confint": lambda: (fitted_dml().confint, dict(level=0.9)),
-    "dml_panel.aipw_score": lambda: (
+    "PanelDML.confint": lambda: (fitted_dml().confint, dict(level=0.9)),
+    "aipw_score": lambda: (
         dml_panel.aipw_score,
         dict(y=t(8), w=labels(8, 2).double(), g0=t(8), g1=t(8), m=t(8).sigmoid(), clip=0.01),
     ),
-    "dml_panel.plr_score": lambda: (dml_panel.plr_score, dict(v=t(8), u=t(8, seed=1), w=t(8, seed=2))),
-    "folds.Folds": lambda: (
+    "plr_score": lambda: (dml_panel.plr_score, dict(v=t(8), u=t(8, seed=1), w=t(8, seed=2))),
+    "Folds": lambda: (
         folds.Folds,
         dict(fold=torch.arange(6).view(1, 6) % 2, keep=~torch.eye(2, dtype=torch.bool)),
     ),
-    "folds.make_folds": lambda: (folds.make_folds, dict(layout=lay(), folds=2, scheme="unit", repeats=1, seed=0)),
-    "gram.by_fold": lambda: (gram.by_fold, dict(rows=sorted_rows()[0], fold=sorted_rows()[1], k=3)),
-    "gram.fit": lambda: (
+    "make_folds": lambda: (folds.make_folds, dict(layout=lay(), folds=2, scheme="unit", repeats=1, seed=0)),
+    "by_fold": lambda: (gram.by_fold, dict(rows=sorted_rows()[0], fold=sorted_rows()[1], k=3)),
+    "fit": lambda: (
         gram.fit,
         dict(parts=gram_moments(), keep=keep(), columns=torch.tensor([0, 1]), targets=torch.tensor([3]), alphas=[1.0]),
     ),
-    "gram.inverse_times": lambda: (gram.inverse_times, dict(a=torch.eye(3).double(), b=t(3, 2).double(), alpha=1.0)),
-    "gram.moments": lambda: (gram.moments, dict(columns=t(1, 3, 4, 5).double(), counts=torch.full((1, 3), 5))),
-    "gram.standardised": lambda: (
+    "inverse_times": lambda: (gram.inverse_times, dict(a=torch.eye(3).double(), b=t(3, 2).double(), alpha=1.0)),
+    "moments": lambda: (gram.moments, dict(columns=t(1, 3, 4, 5).double(), counts=torch.full((1, 3), 5))),
+    "standardised": lambda: (
         gram.standardised,
         dict(train=gram_moments(), columns=torch.tensor([0, 1]), targets=torch.tensor([3])),
     ),
-    "inference.over_repeats": lambda: (inference.over_repeats, dict(coefs=t(3), ses=t(3).abs())),
-    "inference.row_weights": lambda: (
+    "over_repeats": lambda: (inference.over_repeats, dict(coefs=t(3), ses=t(3).abs())),
+    "row_weights": lambda: (
         inference.row_weights,
         dict(layout=simulated().panel.layout, folds=made_folds(), cluster="unit"),
     ),
-    "inference.solve": lambda: (
+    "solve": lambda: (
         inference.solve,
         dict(
             psi_a=t(1, 36).double().abs(),
@@ -1048,7 +1046,7 @@ PANEL: dict[str, Callable[[], Call]] = {
             folds=made_folds(),
         ),
     ),
-    "inference.standard_error": lambda: (
+    "standard_error": lambda: (
         inference.standard_error,
         dict(
             psi=t(1, 36).double(),
@@ -1058,7 +1056,7 @@ PANEL: dict[str, Callable[[], Call]] = {
             cluster="unit",
         ),
     ),
-    "information.partial_out": lambda: (
+    "partial_out": lambda: (
         information.partial_out,
         dict(
             estimators=["cre"],
@@ -1067,13 +1065,13 @@ PANEL: dict[str, Callable[[], Call]] = {
             fit=lambda *a, **k: crossfit.crossfit(*a, learner=ridge.PolynomialRidge(1), **k),
         ),
     ),
-    "information.transform": lambda: (information.transform, dict(estimator="fd", panel=simulated().panel)),
-    "information.variables": lambda: (information.variables, dict(panel=simulated().panel, wanted="xbm")),
-    "layout.Layout": lambda: (layout.Layout.of, dict(unit=[0, 0, 1, 1], time=[0, 1, 0, 1])),
-    "layout.group_sums": lambda: (layout.group_sums, dict(a=t(8), group=labels(), size=4)),
-    "layout.means": lambda: (layout.means, dict(a=t(8), group=labels())),
-    "layout.within": lambda: (layout.within, dict(a=t(24).double(), layout=lay(), tol=1e-9)),
-    "learners.crossfit_sklearn": lambda: (
+    "transform": lambda: (information.transform, dict(estimator="fd", panel=simulated().panel)),
+    "variables": lambda: (information.variables, dict(panel=simulated().panel, wanted="xbm")),
+    "Layout": lambda: (layout.Layout.of, dict(unit=[0, 0, 1, 1], time=[0, 1, 0, 1])),
+    "group_sums": lambda: (layout.group_sums, dict(a=t(8), group=labels(), size=4)),
+    "means": lambda: (layout.means, dict(a=t(8), group=labels())),
+    "within": lambda: (layout.within, dict(a=t(24).double(), layout=lay(), tol=1e-9)),
+    "crossfit_sklearn": lambda: (
         learners.crossfit_sklearn,
         dict(
             z=t(1, 2, 36).double(),
@@ -1082,35 +1080,35 @@ PANEL: dict[str, Callable[[], Call]] = {
             learners=[ridge.PolynomialRidge(1)],
         ),
     ),
-    "learners.follow_folds": lambda: (
+    "follow_folds": lambda: (
         learners.follow_folds,
         dict(learner=ridge.PolynomialRidge(1), fold=np.arange(8) % 2),
     ),
-    "linear.linear_residuals": lambda: (
+    "linear_residuals": lambda: (
         linear.linear_residuals,
         dict(estimator="fe", panel=simulated().panel) | dict(estimator="pols"),
     ),
-    "linear.panel_ols": lambda: (
+    "panel_ols": lambda: (
         linear.panel_ols,
         {k: v.to_numpy() for k, v in panel_columns().items() if k != "w"} | dict(effects="fixed"),
     ),
-    "ridge.PolynomialRidge": lambda: (
+    "PolynomialRidge": lambda: (
         (lambda **options: ridge.PolynomialRidge(**options).fit(t(12, 2).numpy(), t(12).numpy())),
         dict(degree=2, alpha=1.0),
     ),
-    "ridge.PolynomialRidge.fit": lambda: (ridge.PolynomialRidge(2).fit, dict(X=t(12, 2).numpy(), y=t(12).numpy())),
-    "ridge.check_learner": lambda: (ridge.check_learner, dict(learner=ridge.PolynomialRidge(2))),
-    "ridge.monomials": lambda: (ridge.monomials, dict(n=2, degree=2, linear=0)),
-    "ridge.polynomial": lambda: (
+    "PolynomialRidge.fit": lambda: (ridge.PolynomialRidge(2).fit, dict(X=t(12, 2).numpy(), y=t(12).numpy())),
+    "check_learner": lambda: (ridge.check_learner, dict(learner=ridge.PolynomialRidge(2))),
+    "monomials": lambda: (ridge.monomials, dict(n=2, degree=2, linear=0)),
+    "polynomial": lambda: (
         ridge.polynomial,
         dict(z=t(1, 2, 5).double(), exponents=ridge.monomials(2, 2), room=0),
     ),
-    "ridge.standardise": lambda: (ridge.standardise, dict(z=t(1, 2, 5).double())),
-    "study.estimate": lambda: (
+    "standardise": lambda: (ridge.standardise, dict(z=t(1, 2, 5).double())),
+    "estimate": lambda: (
         study.estimate,
         dict(estimators=["pols"], data=simulated(), folds=made_folds(), agg="dml1"),
     ),
-    "study.monte_carlo": lambda: (
+    "monte_carlo": lambda: (
         study.monte_carlo,
         dict(
             simulate=lambda seeds: dgp.dgp_fuhr_papies_2024(n_units=12, n_periods=3, seeds=seeds),
@@ -1124,42 +1122,42 @@ PANEL: dict[str, Callable[[], Call]] = {
 }
 
 TTA: dict[str, Callable[[], Call]] = {
-    "bn_adapt.BNAdapt": lambda: (bn_adapt.BNAdapt, dict(model=normed(), alpha=0.5)),
-    "bn_adapt.BNAdapt.forward": lambda: (bn_adapt.BNAdapt(normed(), 0.5), dict(x=t(8, 6))),
-    "cotta.CoTTA": lambda: (
+    "BNAdapt": lambda: (bn_adapt.BNAdapt, dict(model=normed(), alpha=0.5)),
+    "BNAdapt.forward": lambda: (bn_adapt.BNAdapt(normed(), 0.5), dict(x=t(8, 6))),
+    "CoTTA": lambda: (
         cotta.CoTTA,
         dict(model=normed(), lr=0.001, momentum=0.99, restore_p=0.1, threshold=0.9, n_views=2, steps=1, seed=0),
     ),
-    "cotta.CoTTA.forward": lambda: (  # SGD: Adam's first step is the sign of a gradient, even of rounding
+    "CoTTA.forward": lambda: (  # SGD: Adam's first step is the sign of a gradient, even of rounding
         cotta.CoTTA(normed(), n_views=2, views=lambda x: x, optimizer=torch.optim.SGD),
         dict(x=t(8, 6)),
     ),
-    "cotta.confidence": lambda: (cotta.confidence, dict(logits=t(8, 4))),
-    "cotta.consistency_loss": lambda: (cotta.consistency_loss, dict(student=t(8, 4), target=t(8, 4).softmax(1))),
-    "cotta.ema": lambda: (cotta.ema, dict(teacher=[t(3)], student=[t(3, seed=1)], momentum=0.9)),
-    "cotta.restoration_mask": lambda: (cotta.restoration_mask, dict(params=[t(3)], p=0.5, generator=gen())),
-    "cotta.restore": lambda: (cotta.restore, dict(params=[t(3)], source=[t(3, seed=1)], p=0.5, generator=gen())),
-    "evaluate.drift": lambda: (evaluate.drift, dict(method=tent.Tent(normed()), model="model")),
-    "evaluate.error_by_domain": lambda: (evaluate.error_by_domain, dict(result=run_of())),
-    "evaluate.mean_error": lambda: (evaluate.mean_error, dict(result=run_of())),
-    "evaluate.mean_recall": lambda: (evaluate.mean_recall, dict(result=run_of(), num_classes=4)),
-    "evaluate.run": lambda: (evaluate.run, dict(method=tent.Tent(normed()), stream=stream(), reset="first")),
-    "evaluate.running_error": lambda: (evaluate.running_error, dict(result=run_of(), window=2)),
-    "evaluate.run_seeds": lambda: (
+    "confidence": lambda: (cotta.confidence, dict(logits=t(8, 4))),
+    "consistency_loss": lambda: (cotta.consistency_loss, dict(student=t(8, 4), target=t(8, 4).softmax(1))),
+    "ema": lambda: (cotta.ema, dict(teacher=[t(3)], student=[t(3, seed=1)], momentum=0.9)),
+    "restoration_mask": lambda: (cotta.restoration_mask, dict(params=[t(3)], p=0.5, generator=gen())),
+    "restore": lambda: (cotta.restore, dict(params=[t(3)], source=[t(3, seed=1)], p=0.5, generator=gen())),
+    "drift": lambda: (evaluate.drift, dict(method=tent.Tent(normed()), model="model")),
+    "error_by_domain": lambda: (evaluate.error_by_domain, dict(result=run_of())),
+    "mean_error": lambda: (evaluate.mean_error, dict(result=run_of())),
+    "mean_recall": lambda: (evaluate.mean_recall, dict(result=run_of(), num_classes=4)),
+    "run": lambda: (evaluate.run, dict(method=tent.Tent(normed()), stream=stream(), reset="first")),
+    "running_error": lambda: (evaluate.running_error, dict(result=run_of(), window=2)),
+    "run_seeds": lambda: (
         evaluate.run_seeds,
         dict(methods={"tent": tent.Tent}, models=[normed()], streams=[stream()], n_jobs=1),
     ),
-    "evaluate.summary": lambda: (evaluate.summary, dict(runs={"tent": [run_of()]})),
-    "lame.Lame": lambda: (lame.Lame, dict(model=toy(), kind="knn", k=2, strength=1.0, max_iterations=10)),
-    "lame.Lame.forward": lambda: (lame.Lame(toy(), k=2, head="head"), dict(x=t(8, 6))),
-    "lame.affinity": lambda: (lame.affinity, dict(features=t(8, 5), kind="knn", k=2)),
-    "lame.energy": lambda: (
+    "summary": lambda: (evaluate.summary, dict(runs={"tent": [run_of()]})),
+    "Lame": lambda: (lame.Lame, dict(model=toy(), kind="knn", k=2, strength=1.0, max_iterations=10)),
+    "Lame.forward": lambda: (lame.Lame(toy(), k=2, head="head"), dict(x=t(8, 6))),
+    "affinity": lambda: (lame.affinity, dict(features=t(8, 5), kind="knn", k=2)),
+    "energy": lambda: (
         lame.energy,
         dict(
             z=t(8, 4).softmax(1), log_probs=t(8, 4).log_softmax(1), affinity=lame.affinity(t(8, 5), k=2), strength=1.0
         ),
     ),
-    "lame.laplacian_assign": lambda: (
+    "laplacian_assign": lambda: (
         lame.laplacian_assign,
         dict(
             log_probs=t(8, 4).log_softmax(1),
@@ -1170,13 +1168,13 @@ TTA: dict[str, Callable[[], Call]] = {
             tolerance=1e-8,
         ),
     ),
-    "tent.Tent": lambda: (tent.Tent, dict(model=normed(), lr=0.001)),
-    "tent.Tent.forward": lambda: (tent.Tent(normed()), dict(x=t(8, 6))),
-    "tent.entropy": lambda: (tent.entropy, dict(logits=t(8, 4))),
-    "views.RandomViews": lambda: (views.RandomViews, dict(seed=0)),
-    "views.RandomViews.__call__": lambda: (views.RandomViews(0), dict(x=pictures())),
-    "views.apply_view": lambda: (views.apply_view, dict(x=pictures(), view=views.View(brightness=1.1, angle=3.0))),
-    "views.draw_view": lambda: (views.draw_view, dict(size=(16, 16), generator=gen())),
+    "Tent": lambda: (tent.Tent, dict(model=normed(), lr=0.001)),
+    "Tent.forward": lambda: (tent.Tent(normed()), dict(x=t(8, 6))),
+    "entropy": lambda: (tent.entropy, dict(logits=t(8, 4))),
+    "RandomViews": lambda: (views.RandomViews, dict(seed=0)),
+    "RandomViews.__call__": lambda: (views.RandomViews(0), dict(x=pictures())),
+    "apply_view": lambda: (views.apply_view, dict(x=pictures(), view=views.View(brightness=1.1, angle=3.0))),
+    "draw_view": lambda: (views.draw_view, dict(size=(16, 16), generator=gen())),
 }
 
 SHARED: dict[str, Callable[[], Call]] = {
@@ -1193,14 +1191,14 @@ SHARED: dict[str, Callable[[], Call]] = {
     "models.predict": lambda: (models.predict, dict(model=mlp(), x=t(8, 6), batch_size=4)),
     "models.pretrained": lambda: (models.pretrained, dict(name="fashion8k", seed=0)),
     "results.record": lambda: (results.record, dict(slug="no_such", rows=[], folder="/nowhere")),
-    "vit.Attention": lambda: (vit.Attention, dict(dim=8, num_heads=2)),
-    "vit.Block": lambda: (vit.Block, dict(dim=8, num_heads=2)),
-    "vit.Mlp": lambda: (vit.Mlp, dict(dim=8, hidden=4)),
-    "vit.ViT": lambda: (
+    "models.Attention": lambda: (vit.Attention, dict(dim=8, num_heads=2)),
+    "models.Block": lambda: (vit.Block, dict(dim=8, num_heads=2)),
+    "models.Mlp": lambda: (vit.Mlp, dict(dim=8, hidden=4)),
+    "models.ViT": lambda: (
         vit.ViT,
         dict(img_size=14, patch_size=7, in_chans=1, num_classes=4, embed_dim=8, depth=1, num_heads=2),
     ),
-    "vit.ViT.forward": lambda: (small_vit(), dict(x=t(2, 1, 14, 14))),
+    "models.ViT.forward": lambda: (small_vit(), dict(x=t(2, 1, 14, 14))),
 }
 
 CASES = {

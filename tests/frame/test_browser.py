@@ -196,7 +196,7 @@ def test_the_citation_is_copied(browser: Browser, site: str, method: Method) -> 
     ("query", "page"),
     [
         ("peftref.tta.lame", "book/api/tta.html"),
-        ("peftref.panel.study.monte_carlo", "book/api/panel.html"),
+        ("peftref.panel.experiments.study.monte_carlo", "book/api/panel.html"),
         ("laplacian_assign", "book/api/tta.html"),
         ("laplacian", "book/tta/lame.html"),
     ],

@@ -18,8 +18,8 @@ from distributed import LocalCluster, get_worker
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from peftref.panel.dgp import Simulated
-from peftref.panel.study import monte_carlo
+from peftref.panel.experiments.dgp import Simulated
+from peftref.panel.experiments.study import monte_carlo
 
 ROOT = Path(__file__).resolve().parents[2]
 

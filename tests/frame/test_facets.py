@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from peftref import facets, plots
+from peftref import plots
+from peftref.plots import facets
 
 
 def cases(n: int = 4) -> dict[str, dict[str, np.ndarray]]:

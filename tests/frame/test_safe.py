@@ -19,9 +19,12 @@ from torch import nn
 
 from peftref import results
 from peftref._replacing import replace_text, replacing
-from peftref.adapters import files, hydra, lora
-from peftref.adapters.core import inject
-from peftref.merging import arithmetic, checkpoints, quantise
+from peftref.adapters import hydra
+from peftref.adapters.baselines import lora
+from peftref.adapters.core import files
+from peftref.adapters.core.injection import inject
+from peftref.merging.baselines import arithmetic
+from peftref.merging.core import checkpoints, quantise
 from tools import chapters, mutants, readme
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,9 +123,9 @@ def pages(folder: Path) -> None:
 
 
 WRITERS: dict[str, Callable[[Path], Any]] = {
-    "peftref.adapters.files.save": lambda folder: files.save(adapted(), folder),
+    "peftref.adapters.core.files.save": lambda folder: files.save(adapted(), folder),
     "peftref.adapters.hydra.save_as_lora": lambda folder: hydra.save_as_lora(adapted(hydra.Hydra), folder),
-    "peftref.merging.quantise.save": lambda folder: quantise.quantise({"w": torch.randn(4, 4)}, 16).save(
+    "peftref.merging.core.quantise.save": lambda folder: quantise.quantise({"w": torch.randn(4, 4)}, 16).save(
         folder / "codes.safetensors"
     ),
     "peftref.results.record": record,
@@ -236,7 +239,7 @@ def test_no_other_function_writes_over_a_file() -> None:
         found = [n for n in names if n.split(".")[-1] in writers or n == "nbformat.write"]
         if found:
             bare[path.relative_to(ROOT).as_posix()] = found
-    bare["peftref/plots.py"].remove("figure.savefig")  # into memory
+    bare["peftref/plots/charts.py"].remove("figure.savefig")  # into memory
     assert {path: len(found) for path, found in bare.items() if found} == FREE, bare
 
 

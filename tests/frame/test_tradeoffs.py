@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from peftref import plots
-from peftref.tradeoffs import tradeoff
+from peftref.plots.tradeoffs import tradeoff
 
 POINTS = {
     "one": (10, 70.0, 1.0),

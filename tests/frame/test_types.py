@@ -41,7 +41,7 @@ def test_the_package_is_typed() -> None:
     assert code == 0, out[-6000:]
 
 
-USE = "from torch import Tensor, nn, zeros\nfrom peftref.tta.tent import Tent, entropy\n"
+USE = "from torch import Tensor, nn, zeros\nfrom peftref.tta.baselines.tent import Tent, entropy\n"
 
 
 @needs_mypy

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from mergekit.merge_methods import merge_state_dicts
 from torch import Tensor, nn
 
-from peftref.merging.arithmetic import average, dare, fisher_wise_ft, linear, task_arithmetic, wise_ft
-from peftref.merging.core import Rule, merge
-from peftref.merging.ties import ties
+from peftref.merging.baselines.arithmetic import average, dare, fisher_wise_ft, linear, task_arithmetic, wise_ft
+from peftref.merging.baselines.ties import ties
+from peftref.merging.core.loop import Rule, merge
 
 RULES: dict[str, Rule] = {
     "average": average(),

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torchvision.transforms import v2
 
-from peftref.merging.arithmetic import fisher_wise_ft, wise_ft
 from peftref.merging.bang import (
     bang_loss,
     calibration_error,
@@ -29,7 +28,8 @@ from peftref.merging.bang import (
     smooth,
     soft_cross_entropy,
 )
-from peftref.merging.core import merge
+from peftref.merging.baselines.arithmetic import fisher_wise_ft, wise_ft
+from peftref.merging.core.loop import merge
 from tests._naive.bang import loop_calibration_error, loop_outcomes, loop_soft_cross_entropy
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peftref.merging.batchnorm import batchnorms, recalibrate
+from peftref.merging.core.batchnorm import batchnorms, recalibrate
 
 
 def net() -> nn.Sequential:

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peftref.merging import checkpoints
-from peftref.merging.arithmetic import average, dare, task_arithmetic, wise_ft
-from peftref.merging.checkpoints import INDEX, SINGLE, Checkpoint, merge_checkpoints
-from peftref.merging.core import Rule, merge
-from peftref.merging.ties import ties, trim_thresholds
+from peftref.merging.baselines.arithmetic import average, dare, task_arithmetic, wise_ft
+from peftref.merging.baselines.ties import ties, trim_thresholds
+from peftref.merging.core import checkpoints
+from peftref.merging.core.checkpoints import INDEX, SINGLE, Checkpoint, merge_checkpoints
+from peftref.merging.core.loop import Rule, merge
 
 
 def state(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -221,8 +221,8 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-from peftref.merging.arithmetic import task_arithmetic
-from peftref.merging.checkpoints import merge_checkpoints
+from peftref.merging.baselines.arithmetic import task_arithmetic
+from peftref.merging.core.checkpoints import merge_checkpoints
 def kilobytes(key):
     return int(next(l for l in open("/proc/self/status") if l.startswith(key + ":")).split()[1])
 folder = Path(sys.argv[1])
@@ -241,7 +241,7 @@ def test_merges_checkpoints_several_times_larger_than_the_memory_it_takes(tmp_pa
     for name, value in (("base", 1.0), ("a", 2.0), ("b", 4.0)):
         save_sharded({f"w{i}": torch.full((side, side), value + i) for i in range(tensors)}, tmp_path / name, 3)
     save_sharded({"w": torch.ones(2)}, tmp_path / "small", 1)
-    script = f"import peftref.merging.checkpoints as c; c.WINDOW = {8 * megabyte}\n" + SCRIPT
+    script = f"import peftref.merging.core.checkpoints as c; c.WINDOW = {8 * megabyte}\n" + SCRIPT
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     extra = int(done.stdout) * 1024

@@ -8,10 +8,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from peftref.data import Split, load
-from peftref.data._domains import generator_for
-from peftref.data.multicolor import colour_maps, multicolor
+from peftref.data.domains import generator_for
 from peftref.merging.bang import soft_cross_entropy
-from peftref.merging.colournets import TIMES, ColourNets, distinct, hits, scenes, train
+from peftref.merging.experiments.colournets import TIMES, ColourNets, distinct, hits, scenes, train
+from peftref.merging.experiments.multicolor import colour_maps, multicolor
 
 
 def some(n: int) -> Split:

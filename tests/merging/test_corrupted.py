@@ -8,8 +8,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from peftref.data import Split, corrupt, load
-from peftref.merging.core import check_aligned
-from peftref.merging.corrupted import DOMAINS, Corrupting, accuracy, corrupted, deal, family
+from peftref.merging.core.loop import check_aligned
+from peftref.merging.experiments.corrupted import DOMAINS, Corrupting, accuracy, corrupted, deal, family
 
 TEST = load("fashion8k").test
 KINDS = [("plain", seed) for seed in range(5)] + [("norm", seed) for seed in range(3)]

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from peftref.merging.checkpoints import Checkpoint
-from peftref.merging.patching import Patched, apply
+from peftref.merging.core.checkpoints import Checkpoint
+from peftref.merging.core.patching import Patched, apply
 from peftref.models import SmallCNN
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

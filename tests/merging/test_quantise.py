@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from peftref.merging.quantise import Quantised, quantise
+from peftref.merging.core.quantise import Quantised, quantise
 from tests._naive import rws as naive
 
 KINDS = ("linear", "tanh", "log")

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from peftref.merging import rws
-from peftref.merging.arithmetic import task_arithmetic
-from peftref.merging.core import merge
-from peftref.merging.patching import apply
+from peftref.merging.baselines.arithmetic import task_arithmetic
+from peftref.merging.core.loop import merge
+from peftref.merging.core.patching import apply
 from peftref.merging.rws import average_batchnorm, blend_statistics, compose, signature
 from peftref.models import SmallCNN
 from tests._naive import rws as naive

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from scipy.stats import multivariate_normal, norm
 from torch.testing import assert_close
 
-from peftref.merging.spurious import accuracy, imbalance_gain, margin_ose, margin_single, margin_wse, simulate
+from peftref.merging.experiments.spurious import (
+    imbalance_gain,
+    margin_ose,
+    margin_single,
+    margin_wse,
+    simulate,
+    spurious_accuracy,
+)
 from tests._naive.bang import Models, quad_accuracy
 
 shares = st.floats(0.01, 1.0)
@@ -42,13 +49,13 @@ def test_accuracy_is_the_orthant_of_the_margins(classes, p):
     # xi + x > 0; xi is symmetric, so this is xi < x
     at = [[v] * (classes - 1) for v in x.tolist()]
     expected = [multivariate_normal.cdf(v, cov=cov, abseps=1e-6, releps=1e-6) for v in at]
-    assert_close(accuracy(x, p, classes), torch.tensor(expected), rtol=0, atol=1e-5)
+    assert_close(spurious_accuracy(x, p, classes), torch.tensor(expected), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("classes", "error"), [(2, 1e-11), (10, 1e-11), (100, 1e-8), (1000, 1e-5)])
 def test_accuracy_by_adaptive_quadrature(classes, error):
     x, p = torch.tensor([-0.5, 0.0, 0.3, 1.0, 2.5]), torch.tensor([0.001, 0.3, 0.9, 1.0])
-    grid = accuracy(x[:, None], p, classes)
+    grid = spurious_accuracy(x[:, None], p, classes)
     expected = [[quad_accuracy(v, q, classes) for q in p.double().tolist()] for v in x.double().tolist()]
     assert_close(grid, torch.tensor(expected, dtype=torch.double), rtol=0, atol=error)
 
@@ -56,7 +63,7 @@ def test_accuracy_by_adaptive_quadrature(classes, error):
 @settings(max_examples=50, deadline=None)
 @given(x=st.floats(-3, 3), p=shares)
 def test_accuracy_of_two_classes(x, p):
-    assert accuracy(x, p, 2).item() == pytest.approx(norm.cdf(x / math.sqrt(p * (4 - 2 * p) / 2)), abs=1e-12)
+    assert spurious_accuracy(x, p, 2).item() == pytest.approx(norm.cdf(x / math.sqrt(p * (4 - 2 * p) / 2)), abs=1e-12)
 
 
 @settings(max_examples=50, deadline=None)
@@ -67,22 +74,23 @@ def test_accuracy_without_margin_is_an_orthant_in_closed_form(p):
         (4, lambda r: 1 / 8 + 3 * math.asin(r) / (4 * math.pi)),
     ):
         correlation = (classes + 1 - p * classes) / (classes + 2 - p * classes)
-        assert accuracy(0.0, p, classes).item() == pytest.approx(orthant(correlation), abs=1e-12)
+        assert spurious_accuracy(0.0, p, classes).item() == pytest.approx(orthant(correlation), abs=1e-12)
 
 
 def test_limits_of_accuracy():
     classes = torch.tensor([2, 5, 10, 100])
-    assert_close(accuracy(0.0, 1.0, classes), 1 / classes.double())  # every feature drawn anew: chance
-    assert_close(accuracy(math.inf, 0.7, 10).item(), 1.0)
-    assert accuracy(-math.inf, 0.7, 10) == 0
-    assert accuracy(torch.tensor([-1.0, 0.0, 1e-9]), 0.0, 4).tolist() == [0.0, 0.25, 1.0]  # nothing fails, or all ties
-    assert accuracy(0.5, 1e-12, 10) == pytest.approx(1)
+    assert_close(spurious_accuracy(0.0, 1.0, classes), 1 / classes.double())  # every feature drawn anew: chance
+    assert_close(spurious_accuracy(math.inf, 0.7, 10).item(), 1.0)
+    assert spurious_accuracy(-math.inf, 0.7, 10) == 0
+    # nothing fails, or all ties
+    assert spurious_accuracy(torch.tensor([-1.0, 0.0, 1e-9]), 0.0, 4).tolist() == [0.0, 0.25, 1.0]
+    assert spurious_accuracy(0.5, 1e-12, 10) == pytest.approx(1)
 
 
 @settings(max_examples=50, deadline=None)
 @given(x=st.floats(-2, 3), dx=st.floats(0.01, 1), p=shares, classes=st.integers(2, 200))
 def test_accuracy_rises_with_the_margin(x, dx, p, classes):
-    low, high = accuracy(torch.tensor([x, x + dx]), p, classes)
+    low, high = spurious_accuracy(torch.tensor([x, x + dx]), p, classes)
     assert 0 <= low <= 1 and 0 <= high <= 1
     assert high > low or low > 1 - 1e-6 or high < 1e-6  # but for the error of the quadrature at 200 classes
 
@@ -158,18 +166,19 @@ def test_gain_is_largest_between_equals():
 def test_without_spurious_features_nothing_fails():
     x = margin_single(torch.tensor([0.0, 0.9]), n_v=3, n_s=0)
     assert x.isinf().all()
-    assert_close(accuracy(x, torch.tensor([0.0, 0.9]), 10), torch.ones(2, dtype=torch.double))
+    assert_close(spurious_accuracy(x, torch.tensor([0.0, 0.9]), 10), torch.ones(2, dtype=torch.double))
     assert margin_ose(0.9, 3, 0, n_vo=1).isinf() and margin_wse(0.9, 3, 0, n_vo=1).isinf()
 
 
 def test_grids_broadcast():
     p, n = torch.linspace(0, 1, 5)[:, None], torch.tensor([5.0, 10.0, 20.0])
     x = margin_wse(p, 1, n, n_so=n / 5)
-    grid = accuracy(x, p, torch.tensor([3, 5, 10]))
+    grid = spurious_accuracy(x, p, torch.tensor([3, 5, 10]))
     assert grid.shape == (5, 3) and grid.dtype == torch.double
     for i in range(5):
         for j, classes in enumerate((3, 5, 10)):
-            alone = accuracy(margin_wse(p[i, 0].item(), 1, n[j].item(), n_so=n[j].item() / 5), p[i, 0].item(), classes)
+            margin = margin_wse(p[i, 0].item(), 1, n[j].item(), n_so=n[j].item() / 5)
+            alone = spurious_accuracy(margin, p[i, 0].item(), classes)
             assert_close(grid[i, j], alone, atol=1e-7, rtol=0)  # p came in float32
 
 
@@ -211,7 +220,7 @@ def test_theory_holds_for_many_features(overlap):
     got = simulate(p, **pair, classes=classes, generator=generator(1), draws=draws)
     theory = (margin_single(p, 10, 600), margin_single(p, 10, 600), margin_ose(p, **pair), margin_wse(p, **pair))
     for share, margin in zip(got[:4], theory, strict=True):
-        expected = accuracy(margin, p, classes).item()
+        expected = spurious_accuracy(margin, p, classes).item()
         assert abs(share - expected) < 3 * math.sqrt(expected * (1 - expected) / draws) + 0.005
 
 
@@ -234,7 +243,7 @@ def test_counting_in_chunks_and_seeds(monkeypatch):
 
     whole = run(0)
     assert run(0) == whole and run(1) != whole
-    monkeypatch.setattr("peftref.merging.spurious.CHUNK", 5 * 3000)  # the last chunk is smaller
+    monkeypatch.setattr("peftref.merging.experiments.spurious.CHUNK", 5 * 3000)  # the last chunk is smaller
     assert within(run(0).ose, whole.ose, 20_000, 6) and run(0) != whole
 
 
@@ -255,10 +264,10 @@ def test_every_setting_of_counting_matters():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: accuracy(1.0, 1.1, 3), "p: expected"),
-        (lambda: accuracy(1.0, math.nan, 3), "p: expected"),
-        (lambda: accuracy(1.0, 0.5, 1), "classes: expected integers >= 2, got 1"),
-        (lambda: accuracy(1.0, 0.5, torch.tensor([3.0, 2.5])), "classes: expected integers"),
+        (lambda: spurious_accuracy(1.0, 1.1, 3), "p: expected"),
+        (lambda: spurious_accuracy(1.0, math.nan, 3), "p: expected"),
+        (lambda: spurious_accuracy(1.0, 0.5, 1), "classes: expected integers >= 2, got 1"),
+        (lambda: spurious_accuracy(1.0, 0.5, torch.tensor([3.0, 2.5])), "classes: expected integers"),
         (lambda: margin_single(-0.1, 1, 1), "p: expected"),
         (lambda: margin_single(0.5, -1, 1), "n_v: expected"),
         (lambda: margin_single(0.5, torch.tensor([1.0, 0.0]), 0), "at least one feature"),

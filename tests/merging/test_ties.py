@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from mergekit.merge_methods import merge_state_dicts
 from torch import Tensor
 
-from peftref.merging.core import delta, merge
-from peftref.merging.ties import kept, ties, trim_thresholds
+from peftref.merging.baselines.ties import kept, ties, trim_thresholds
+from peftref.merging.core.loop import delta, merge
 from tests._naive.ties import published_ties
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from peftref.panel.columns import read_panel
+from peftref.panel.core.columns import read_panel
 
 
 def frame() -> pd.DataFrame:

@@ -9,11 +9,11 @@ from sklearn.linear_model import LinearRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
-from peftref.panel import crossfit as module
-from peftref.panel.crossfit import crossfit
-from peftref.panel.folds import Folds, make_folds
-from peftref.panel.layout import Layout, means
-from peftref.panel.ridge import PolynomialRidge, monomials, polynomial, standardise
+from peftref.panel.core import crossfit as module
+from peftref.panel.core.crossfit import crossfit
+from peftref.panel.core.folds import Folds, make_folds
+from peftref.panel.core.layout import Layout, means
+from peftref.panel.core.ridge import PolynomialRidge, monomials, polynomial, standardise
 
 
 def unbalanced(seed: int = 0) -> Layout:

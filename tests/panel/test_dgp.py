@@ -12,8 +12,8 @@ from doubleml.plm.datasets import make_plpr_CP2025
 from numpy.testing import assert_allclose
 from scipy.stats import kstest
 
-from peftref.panel.dgp import Simulated, dgp_clarke_polselli_2025, dgp_fuhr_papies_2024
-from peftref.panel.layout import Layout, within
+from peftref.panel.core.layout import Layout, within
+from peftref.panel.experiments.dgp import Simulated, dgp_clarke_polselli_2025, dgp_fuhr_papies_2024
 
 G0 = {"linear": lambda x: x, "u-shaped": lambda x: x**2}
 SMALL = {"n_units": 5, "n_periods": 4}

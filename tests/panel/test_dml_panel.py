@@ -18,15 +18,15 @@ from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.tree import DecisionTreeRegressor
 from torch import Tensor
 
-from peftref.panel.crossfit import crossfit
-from peftref.panel.dgp import dgp_fuhr_papies_2024
+from peftref.panel.baselines.linear import LINEAR
+from peftref.panel.core.crossfit import crossfit
+from peftref.panel.core.estimators import SETS, partial_out
+from peftref.panel.core.folds import Folds, make_folds
+from peftref.panel.core.inference import row_weights, solve, standard_error
+from peftref.panel.core.layout import Layout
+from peftref.panel.core.ridge import PolynomialRidge
 from peftref.panel.dml_panel import ESTIMATORS, PanelDML, aipw_score, plr_score
-from peftref.panel.folds import Folds, make_folds
-from peftref.panel.inference import row_weights, solve, standard_error
-from peftref.panel.information import SETS, partial_out
-from peftref.panel.layout import Layout
-from peftref.panel.linear import LINEAR
-from peftref.panel.ridge import PolynomialRidge
+from peftref.panel.experiments.dgp import dgp_fuhr_papies_2024
 from tests._naive import dml_panel as naive
 
 OLS = PolynomialRidge(1, 0.0)

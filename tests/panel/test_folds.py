@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftref.panel.folds import SCHEMES, Folds, make_folds
-from peftref.panel.layout import Layout
+from peftref.panel.core.folds import SCHEMES, Folds, make_folds
+from peftref.panel.core.layout import Layout
 
 
 def panel(n_units: int, n_periods: int, share: float = 1.0, seed: int = 0) -> Layout:

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from peftref.panel.folds import Folds, make_folds
-from peftref.panel.inference import over_repeats, row_weights, solve, standard_error
-from peftref.panel.layout import Layout
+from peftref.panel.core.folds import Folds, make_folds
+from peftref.panel.core.inference import over_repeats, row_weights, solve, standard_error
+from peftref.panel.core.layout import Layout
 
 CLUSTERS = ("unit", "twoway", None)
 

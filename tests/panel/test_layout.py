@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftref.panel.layout import Layout, group_sums, means, within
+from peftref.panel.core.layout import Layout, group_sums, means, within
 
 
 def unbalanced(seed: int = 0) -> pd.DataFrame:

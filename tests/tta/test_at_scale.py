@@ -13,12 +13,12 @@ from torch.testing import assert_close
 from peftref.data import Split, continual
 from peftref.data.orders import shuffled, sorted_by_class
 from peftref.models import SmallCNN, from_timm
-from peftref.tta import at_scale
-from peftref.tta.at_scale import imagenet_folder, run_at_scale
-from peftref.tta.bn_adapt import BNAdapt
-from peftref.tta.evaluate import error_by_domain, run
+from peftref.tta.baselines.bn_adapt import BNAdapt
+from peftref.tta.baselines.tent import Tent
+from peftref.tta.experiments import at_scale
+from peftref.tta.experiments.at_scale import imagenet_folder, run_at_scale
+from peftref.tta.experiments.evaluate import error_by_domain, run
 from peftref.tta.lame import Lame
-from peftref.tta.tent import Tent
 
 SYNSETS = ("n01443537", "n02102040", "n03000684")  # goldfish 1, springer spaniel 217, chain saw 491
 METHODS = {"source": lambda net: net, "BN-adapt": BNAdapt, "TENT": Tent, "LAME": Lame}

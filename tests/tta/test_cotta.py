@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from peftref.tta import cotta
-from peftref.tta.bn_adapt import BNAdapt
+from peftref.tta.baselines.bn_adapt import BNAdapt
+from peftref.tta.baselines.tent import entropy
+from peftref.tta.core.views import RandomViews
 from peftref.tta.cotta import CoTTA, confidence, consistency_loss, ema, restoration_mask, restore
-from peftref.tta.tent import entropy
-from peftref.tta.views import RandomViews
 from tests._naive import cotta as naive
 
 SGD = functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True)

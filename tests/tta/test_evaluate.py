@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from peftref.data.streams import Stream
+from peftref.tta.baselines.tent import Tent
 from peftref.tta.cotta import CoTTA
-from peftref.tta.evaluate import (
+from peftref.tta.experiments.evaluate import (
     Run,
     drift,
     error_by_domain,
@@ -24,7 +25,6 @@ from peftref.tta.evaluate import (
     running_error,
     summary,
 )
-from peftref.tta.tent import Tent
 
 # Three segments (6, 2 and 4 images) of two domains, batches of at most 3; a 1 marks an answer that will be wrong.
 DOMAIN = [0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0]

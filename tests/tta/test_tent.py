@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from peftref.tta._base import gradient_step
-from peftref.tta.bn_adapt import BNAdapt
-from peftref.tta.tent import Tent, entropy
+from peftref.tta.baselines.bn_adapt import BNAdapt
+from peftref.tta.baselines.tent import Tent, entropy
+from peftref.tta.core.adapted import gradient_step
 
 SGD = functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True)
 

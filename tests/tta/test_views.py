@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from peftref.tta.views import RandomViews, View, apply_view, draw_view
+from peftref.tta.core.views import RandomViews, View, apply_view, draw_view
 from tests._naive.cotta import published_view
 
 IDENTITY = View()

@@ -1,0 +1,122 @@
+"""Which layers of a model are meant, under which names, and how to put something else in their place.
+
+>>> from torch import nn
+>>> net = nn.ModuleDict({"q_proj": nn.Linear(2, 2), "out": nn.Sequential(nn.Linear(2, 2), nn.ReLU())})
+>>> list(find(net, ["q_proj"])), list(find(net, "out.0")), list(find(net, "all-linear"))
+(['q_proj'], ['out.0'], ['q_proj', 'out.0'])
+>>> find(net, ["out.1"])
+Traceback (most recent call last):
+TypeError: targets: expected a Linear, Conv2d or Conv1D, got out.1, a ReLU; name other targets or exclude it
+>>> find(nn.MultiheadAttention(4, 2), ["out_proj"])
+Traceback (most recent call last):
+ValueError: targets: expected layers that are called, got out_proj (in a MultiheadAttention), whose weights are used ...
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from typing import cast
+
+from torch import nn
+
+from .adapter import Host
+from .layers import bypassed, refusal
+
+__all__ = ["bare", "find", "matches", "named", "swap"]
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """The frozen module of a host; any other module as it is."""
+    return module.base_layer if isinstance(module, Host) else module
+
+
+def named(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module once, under the first name it had before adapters came; in a host's place the host itself."""
+    first: dict[int, tuple[str, nn.Module]] = {}
+    for n, m in _walk(model):
+        first.setdefault(id(m), (n, m))
+    return dict(first.values())
+
+
+def find(
+    model: nn.Module, targets: str | Iterable[str], exclude: str | Iterable[str] = (), *, any_module: bool = False
+) -> dict[str, nn.Module]:
+    """The modules meant by ``targets`` (as :func:`~peftref.adapters.core.injection.inject` takes them), by their first
+    names.
+
+    Args:
+        model: any module, with adapters or without; of a host, the frozen module is given.
+        targets, exclude: names or ends of names, a regular expression for the whole name, or ``"all-linear"``.
+        any_module: do not ask for a layer that can be seen as a matrix.
+
+    Raises:
+        TypeError: a layer of another type than Linear, Conv2d and Conv1D; names that are no strings.
+        ValueError: no layer matches, or one is used without being called.
+    """
+    hit, out = matches("targets", targets, model), matches("exclude", exclude, model)
+    aliases: dict[int, list[str]] = {}  # of a module in several places, any name will do
+    for n, m in _walk(model):
+        aliases.setdefault(id(m), []).append(n)
+    found = {
+        n: m
+        for n, m in named(model).items()
+        if n and any(map(hit, aliases[id(m)])) and not any(map(out, aliases[id(m)]))
+    }
+    if not found:
+        some = [n for n, m in named(model).items() if n and refusal(bare(m)) is None]
+        listed = repr(some) if len(some) <= 8 else f"{some[:8]} and {len(some) - 8} more"
+        raise ValueError(f"targets: expected names of layers, of which there are {listed}, got {targets!r}")
+    for n, m in found.items():
+        if not any_module and (why := refusal(bare(m))):
+            raise TypeError(
+                f"targets: expected a Linear, Conv2d or Conv1D, got {n}, {why}; name other targets or exclude it"
+            )
+    of = {alias for m in found.values() for alias in aliases[id(m)]}
+    passed_over = {
+        f"{n} (in a {type(bare(parent)).__name__})"
+        for prefix, parent in _walk(model)
+        for attr in bypassed(cast(Hashable, type(bare(parent))))
+        if (n := f"{prefix}.{attr}" if prefix else attr) in of
+    }
+    if passed_over:
+        raise ValueError(
+            f"targets: expected layers that are called, got {', '.join(sorted(passed_over))}, whose weights are used "
+            "without a call, so that an adapter could be passed over; name other targets or exclude them"
+        )
+    return {n: bare(m) for n, m in found.items()}
+
+
+def swap(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+    """Put ``new[id(module)]`` in every place of the model where ``module`` is."""
+    for parent in list(model.modules()):
+        for attr, child in parent._modules.items():
+            if id(child) in new:
+                parent._modules[attr] = new[id(child)]
+
+
+def matches(label: str, wanted: str | Iterable[str], model: nn.Module) -> Callable[[str], object]:
+    """A function that says of a name whether it is one of those ``wanted``."""
+    if isinstance(wanted, str):
+        if wanted.lower() == "all-linear":
+            embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+            return {
+                n
+                for n, m in named(model).items()
+                if (isinstance(bare(m), nn.Linear) or type(bare(m)).__name__ == "Conv1D") and m is not embeddings
+            }.__contains__
+        try:
+            return re.compile(wanted).fullmatch
+        except re.error as error:
+            raise ValueError(f"{label}: expected a regular expression, got {wanted!r} ({error})") from None
+    ends = list(wanted) if isinstance(wanted, Iterable) else [None]
+    if not all(isinstance(end, str) for end in ends):
+        raise TypeError(f"{label}: expected names of layers, or one regular expression, got {wanted!r}")
+    return lambda n: any(n == end or n.endswith("." + end) for end in ends)
+
+
+def _walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    yield name, module
+    for attr, child in bare(module)._modules.items():
+        if child is not None:
+            yield from _walk(child, f"{name}.{attr}" if name else attr)

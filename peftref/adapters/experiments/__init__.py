@@ -1,0 +1,1 @@
+"""What the chapters of this part run: shared tasks, recorded runs, runs at scale."""

@@ -1,0 +1,103 @@
+"""One loop for every rule: the tasks of a stream one after the other, a row of the accuracy matrix after each.
+
+>>> from peftref.continual.core.metrics import summary
+>>> from peftref.continual.baselines.rehearsal import FineTune
+>>> from peftref.continual.core.streams import class_incremental
+>>> from peftref.data import load
+>>> tasks = class_incremental(load("digits"), 5)
+>>> with torch.random.fork_rng():
+...     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+>>> a = learn(net, tasks, FineTune(), lr=0.5, batch_size=10)
+>>> a.shape, bool(summary(a)["forgetting"] > 50)  # a linear net forgets as well
+(torch.Size([5, 5]), True)
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ...data import Split
+from ..baselines.rehearsal import FineTune
+from .metrics import evaluate
+from .streams import Task, batches, check_batches
+
+__all__ = ["joint", "learn"]
+
+Optimizer = Callable[..., torch.optim.Optimizer]
+
+
+def learn(
+    model: nn.Module, tasks: Sequence[Task], rule: FineTune, *, lr: float, batch_size: int = 10, epochs: int = 1,
+    seed: int = 0, optimizer: Optimizer = torch.optim.SGD,
+    before: Callable[[int], None] = lambda t: None, after: Callable[[int], None] = lambda t: None,
+) -> Tensor:  # fmt: skip
+    """Train ``model`` in place on one task after the other and test it on all of them after each.
+
+    Args:
+        model: images -> logits of all classes; trained in train mode, tested in eval mode, left in eval mode.
+        rule: what to minimise, for example :class:`peftref.continual.baselines.rehearsal.ER`; a new one for each
+            stream, as it carries what it keeps of the tasks.
+        lr, optimizer: of plain SGD (published online protocols), or of any ``optimizer(parameters, lr=lr)``; one for
+            the whole stream.
+        batch_size, epochs: 10 and 1: the online setting.
+        seed: of the order of the batches.
+        before, after: called with the number of the task, from 0, before its first and after its last batch.
+
+    Returns:
+        The accuracy matrix in %, ``(T, T)``, filled above the diagonal too.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or out of range; before the model is touched.
+    """
+    _check(model, tasks, lr=lr, batch_size=batch_size, epochs=epochs)
+    generator = torch.Generator().manual_seed(seed)
+    steps = optimizer([p for p in model.parameters() if p.requires_grad], lr=lr)
+    rows, classes = [], 0
+    for t, task in enumerate(tasks):
+        classes = max(classes, task.classes.stop)
+        rule.begin_task(t, classes)
+        before(t)
+        model.train()
+        for x, y in batches(task.train, batch_size, epochs=epochs, generator=generator):
+            steps.zero_grad()
+            rule.loss(model, x, y).backward()
+            steps.step()
+            rule.observe(x, y)
+        model.eval()
+        rule.end_task(model, *task.train)
+        after(t)
+        rows.append(evaluate(model, tasks))
+    return torch.stack(rows)
+
+
+def joint(
+    model: nn.Module, tasks: Sequence[Task], *, lr: float, batch_size: int = 10, epochs: int = 1, seed: int = 0,
+    optimizer: Optimizer = torch.optim.SGD,
+) -> Tensor:  # fmt: skip
+    """The upper bound: all tasks mixed, by the same steps. Returns the accuracy on each task in %, ``(T,)``."""
+    _check(model, tasks, lr=lr, batch_size=batch_size, epochs=epochs)
+    x, y = (torch.cat(parts) for parts in zip(*(task.train for task in tasks), strict=True))
+    last = tasks[-1]
+    classes = range(max(task.classes.stop for task in tasks))
+    names = tuple(itertools.chain.from_iterable(task.names for task in tasks))
+    whole = Task(names, classes, Split(x, y), last.val, last.test)
+    learn(model, [whole], FineTune(), lr=lr, batch_size=batch_size, epochs=epochs, seed=seed, optimizer=optimizer)
+    return evaluate(model, tasks)
+
+
+def _check(model: nn.Module, tasks: Sequence[Task], *, lr: float, batch_size: int, epochs: int) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("model: expected trainable weights, got none that requires a gradient")
+    if not tasks or any(len(split.y) == 0 for task in tasks for split in (task.train, task.test)):
+        sizes = [(len(task.train.y), len(task.test.y)) for task in tasks]
+        raise ValueError(f"tasks: expected some, each with images to train and to test on, got {sizes}")
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"lr: expected a finite number >= 0, got {lr}")
+    check_batches(batch_size, epochs)

@@ -1,0 +1,134 @@
+r"""AdaB2N with a large backbone: what the guarded cell of the chapter runs.
+
+The online protocol of the published code: one epoch, batches of 10, DER++ with twice 10 replayed, plain SGD; images
+are stored as they came, and cropped and mirrored at random whenever they are used. The network is a ResNet-18 for
+small images: its first convolution is 3 x 3 without stride, and there is no pooling after it.
+
+>>> from peftref.data import load
+>>> from peftref.continual.core.streams import class_incremental
+>>> from peftref.models import SmallCNN
+>>> tasks = class_incremental(load("mnist5k"), 5, per_class=4)
+>>> methods = {"BatchNorm": batch_norm, "AdaB2N": adab2n(kappa=0.4, strength=0.1)}
+>>> table = run_at_scale(lambda: SmallCNN(width=4), tasks, methods, buffer=20, seeds=[0], device="cpu")
+>>> table.index.tolist()
+[('BatchNorm', 0), ('AdaB2N', 0)]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...models.cnn import Normalised
+from ..adab2n import balance, convert
+from ..baselines.rehearsal import DERpp, FineTune
+from ..core.metrics import summary
+from ..core.replay import Reservoir
+from ..core.streams import Task
+from ..core.train import learn
+
+__all__ = ["adab2n", "augment", "batch_norm", "cifar_resnet18", "exchange", "run_at_scale"]
+
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2615)
+Before = Callable[[int], None]
+Method = Callable[[nn.Module, FineTune, Sequence[Task]], Before]
+
+
+def cifar_resnet18(num_classes: int = 10, **kwargs: Any) -> Normalised:
+    """timm's ResNet-18 for images of 32 x 32 in [0, 1]; ``kwargs`` are passed on to ``timm.create_model``."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError("cifar_resnet18 needs timm: pip install 'peftref[vision]'") from error
+    net: Any = timm.create_model("resnet18", num_classes=num_classes, **kwargs)
+    net.conv1 = nn.Conv2d(3, net.conv1.out_channels, 3, padding=1, bias=False)
+    net.maxpool = nn.Identity()
+    return Normalised(net, CIFAR10_MEAN, CIFAR10_STD)
+
+
+def augment(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
+    """Each image moved by up to ``pad`` pixels, black where nothing was, and mirrored or not: ``(B, C, H, W)``."""
+    b, c, h, w = x.shape
+    down, right = torch.randint(2 * pad + 1, (2, b, 1), generator=generator)
+    mirror = torch.rand(b, 1, generator=generator) < 0.5
+    row, column = down + torch.arange(h), right + torch.arange(w)  # (B, H), (B, W): where each pixel comes from
+    column = torch.where(mirror, column.flip(1), column)
+    image, channel = torch.arange(b).view(-1, 1, 1, 1), torch.arange(c).view(-1, 1, 1)
+    at = (image, channel, row[:, None, :, None], column[:, None, None, :])
+    return F.pad(x, (pad, pad, pad, pad))[tuple(i.to(x.device) for i in at)]
+
+
+def batch_norm(net: nn.Module, rule: FineTune, tasks: Sequence[Task]) -> Before:
+    """The network as it is."""
+    return lambda task: None
+
+
+def exchange(replace: Callable[[nn.Module], object]) -> Method:
+    """Other layers by ``replace(net)``, such as ``partial(replace_batch_norms, make=group_norm)``."""
+
+    def method(net: nn.Module, rule: FineTune, tasks: Sequence[Task]) -> Before:
+        replace(net)
+        return lambda task: None
+
+    return method
+
+
+def adab2n(kappa: float, strength: float, start: int = 0, renormalize: bool = False) -> Method:
+    """Every BatchNorm layer an AdaB2N, and the rule told the tasks."""
+
+    def method(net: nn.Module, rule: FineTune, tasks: Sequence[Task]) -> Before:
+        convert(net, len(tasks), kappa, renormalize=renormalize)
+        return balance(rule, net, tasks, strength, start)
+
+    return method
+
+
+def run_at_scale(
+    build: Callable[[], nn.Module], tasks: Sequence[Task], methods: Mapping[str, Method], *, buffer: int = 500,
+    lr: float = 0.03, alpha: float = 0.2, beta: float = 0.5, seeds: Sequence[int] = (0, 1, 2),
+    device: torch.device | str | None = None,
+) -> pd.DataFrame:  # fmt: skip
+    """Each method on the same stream, from the same weights of each seed.
+
+    Args:
+        build: makes the untrained network; called under the seed.
+        tasks: of :func:`peftref.continual.core.streams.class_incremental`.
+        methods: name -> what to do with network and rule before training.
+        buffer, lr, alpha, beta: 500, .03, .2, .5: published for CIFAR-10 with this buffer.
+        seeds: of the weights, the order of the batches, the buffer and the augmentation.
+        device: default: a GPU where there is one.
+
+    Returns:
+        Last and incremental accuracy, forgetting, transfer, plasticity in %; rows (method, seed). ``attrs["protocol"]``
+        says with what.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    moved, rows = [task.to(device) for task in tasks], {}
+    for name, method in methods.items():
+        for seed in seeds:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                net = build().to(device)
+            rule = DERpp(Reservoir(buffer, seed), alpha=alpha, beta=beta)
+            rule.forward = partial(_augmented, torch.Generator().manual_seed(seed))
+            before = method(net, rule, moved)
+            rows[name, seed] = summary(learn(net.to(device), moved, rule, lr=lr, seed=seed, before=before))
+    found = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["method", "seed"])
+    found.attrs["protocol"] = {
+        "tasks": [list(task.names) for task in tasks], "train": sum(len(task.train.y) for task in tasks),
+        "test": sum(len(task.test.y) for task in tasks), "rule": "DER++", "buffer": buffer, "lr": lr, "alpha": alpha,
+        "beta": beta, "batch_size": 10, "epochs": 1, "seeds": list(seeds), "weights": None, "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }  # fmt: skip
+    return found
+
+
+def _augmented(generator: torch.Generator, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    logits: Tensor = model(augment(x, generator))
+    return logits

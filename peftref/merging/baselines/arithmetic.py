@@ -1,0 +1,188 @@
+r"""Rules for :func:`peftref.merging.core.loop.merge` that add and interpolate weights: the baselines of this part.
+
+With base :math:`\theta_0`, models :math:`\theta_t` and differences (task vectors) :math:`\tau_t=\theta_t-\theta_0`:
+
+=======================  ==========================================================  ==================================
+rule                     merged weights                                              source
+=======================  ==========================================================  ==================================
+:func:`average`          :math:`\frac1N\sum_t\theta_t`                               Wortsman et al., ICML 2022 (soups)
+:func:`linear`           :math:`\sum_tc_t\theta_t`                                   any weights
+:func:`task_arithmetic`  :math:`\theta_0+\sum_t\lambda_t\tau_t`                      Ilharco et al., ICLR 2023
+:func:`wise_ft`          :math:`(1-\alpha)\theta_0+\alpha\theta_1`                   Wortsman et al., CVPR 2022
+:func:`fisher_wise_ft`   the same, entries weighted by :math:`F_0,F_1`               WiSE-FT's official code
+:func:`dare`             :math:`\tau_t\leftarrow m_t\odot\tau_t/(1-p)`, then a rule  Yu et al., ICML 2024
+=======================  ==========================================================  ==================================
+
+>>> import torch
+>>> from peftref.merging.core.loop import merge
+>>> zero_shot, tuned = {"w": torch.tensor([0.0, 1.0])}, {"w": torch.tensor([2.0, 5.0])}
+>>> merge(zero_shot, [tuned], wise_ft(0.25))
+{'w': tensor([0.5000, 2.0000])}
+>>> merge(zero_shot, [tuned, tuned], task_arithmetic(0.25))
+{'w': tensor([1., 3.])}
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..core.loop import Rule, State, elementwise
+
+__all__ = ["average", "dare", "fisher_wise_ft", "linear", "task_arithmetic", "wise_ft"]
+
+
+def average() -> Rule:
+    """The uniform mean of the models; the base only gives the layout."""
+
+    @elementwise
+    def rule(name: str, w0: Tensor, ws: Sequence[Tensor]) -> Tensor:
+        y = ws[0].clone()
+        for n, w in enumerate(ws[1:], start=2):
+            y.lerp_(w, 1 / n)  # a running mean: equal models come out bit for bit
+        return y
+
+    return rule
+
+
+def linear(weights: Sequence[float]) -> Rule:
+    """A weighted sum of the models; the weights need not sum to 1, and the base only gives the layout.
+
+    Raises:
+        ValueError: weights that are not finite; at the merge, another number of models.
+    """
+    weights = _finite("weights", weights)
+
+    @elementwise
+    def rule(name: str, w0: Tensor, ws: Sequence[Tensor]) -> Tensor:
+        y = ws[0] * _per_model("weights", weights, ws)[0]
+        for w, c in zip(ws[1:], weights[1:], strict=True):
+            y.add_(w, alpha=c)
+        return y
+
+    return rule
+
+
+def task_arithmetic(scale: float | Sequence[float] = 0.3) -> Rule:
+    """The base plus the scaled sum of the differences. A negative scale makes the model forget a task.
+
+    Args:
+        scale: one for all models (0.3: the value that fusion_bench takes; tune it on validation data) or one for each.
+    """
+    scale = _finite("scale", scale)
+
+    @elementwise
+    def rule(name: str, w0: Tensor, ws: Sequence[Tensor]) -> Tensor:
+        scales = _per_model("scale", scale, ws)
+        y = torch.lerp(w0, ws[0], scales[0])  # w0 + scale (w - w0)
+        for w, c in zip(ws[1:], scales[1:], strict=True):
+            y.add_(w - w0, alpha=c)
+        return y
+
+    return rule
+
+
+def wise_ft(alpha: float = 0.5) -> Rule:
+    """Interpolation from the base (0, bit for bit) to the one model (1, bit for bit).
+
+    Args:
+        alpha: 0.5 is the paper's value when nothing is tuned. Outside [0, 1] it extrapolates, with a warning.
+    """
+    (alpha,) = _finite("alpha", alpha)
+    if not 0 <= alpha <= 1:
+        warnings.warn(f"alpha: {alpha} is outside [0, 1], so the weights are extrapolated", stacklevel=2)
+
+    @elementwise
+    def rule(name: str, w0: Tensor, ws: Sequence[Tensor]) -> Tensor:
+        (w1,) = _exactly_one(ws)
+        return torch.lerp(w0, w1, alpha)  # theta_0 + alpha (theta_1 - theta_0), exact at both ends
+
+    return rule
+
+
+def fisher_wise_ft(alpha: float, fisher0: State, fisher1: State, floor: float = 1e-6) -> Rule:
+    r"""Interpolation weighted, entry by entry, by the diagonal Fisher information of the two models:
+
+    .. math:: \theta=\frac{(1-\alpha)F_0\,\theta_0+\alpha F_1\,\theta_1}{(1-\alpha)F_0+\alpha F_1} .
+
+    Args:
+        alpha: in [0, 1].
+        fisher0, fisher1: the information of base and model, under the names of their tensors.
+        floor: smallest information (1e-6 here; it keeps entries that neither model needs at the plain interpolation).
+
+    Raises:
+        ValueError: ``alpha`` outside [0, 1], ``floor`` not positive; at the merge, a name or shape without information.
+    """
+    (alpha,), (floor,) = _finite("alpha", alpha), _finite("floor", floor)
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
+    if floor <= 0:
+        raise ValueError(f"floor: expected a positive number, got {floor}")
+
+    def rule(name: str, w0: Tensor, ws: Sequence[Tensor]) -> Tensor:
+        (w1,) = _exactly_one(ws)
+        f0, f1 = (_information(n, f, name, w0).clamp_min(floor) for n, f in (("0", fisher0), ("1", fisher1)))
+        share = alpha * f1 / ((1 - alpha) * f0 + alpha * f1)
+        return torch.lerp(w0, w1, share)
+
+    return rule
+
+
+def dare(drop: float, then: Rule, seed: int = 0) -> Rule:
+    """Drop entries of each difference at random, enlarge the others to keep the mean, then merge by another rule.
+
+    Args:
+        drop: probability p of dropping, in [0, 1); the others are divided by 1 - p.
+        then: the rule for what remains, such as ``task_arithmetic(1.0)`` or ``ties(density=1.0)``.
+        seed: each tensor of each model draws from its own generator, made of the seed, its name and the model's place,
+            so the masks do not depend on the order in which tensors are read.
+    """
+    (drop,) = _finite("drop", drop)
+    if not 0 <= drop < 1:
+        raise ValueError(f"drop: expected a probability in [0, 1), got {drop}")
+    if not callable(then):
+        raise TypeError(f"then: expected a rule, got {type(then).__name__}")
+
+    def rule(name: str, w0: Tensor, ws: Sequence[Tensor]) -> Tensor:
+        def thinned(i: int, w: Tensor) -> Tensor:
+            generator = torch.Generator(w.device).manual_seed(zlib.crc32(f"{seed}/{i}/{name}".encode()))
+            keep = torch.empty_like(w).uniform_(generator=generator) >= drop
+            return torch.where(keep, w0 + (w - w0) / (1 - drop), w0)
+
+        return then(name, w0, [thinned(i, w) for i, w in enumerate(ws)])
+
+    return rule
+
+
+def _finite(name: str, values: float | Sequence[float]) -> tuple[float, ...]:
+    values = (values,) if isinstance(values, (int, float)) else tuple(values)
+    if not values or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+        raise ValueError(f"{name}: expected finite numbers, got {values}")
+    return values
+
+
+def _per_model(name: str, values: tuple[float, ...], ws: Sequence[Tensor]) -> tuple[float, ...]:
+    if len(values) == len(ws):
+        return values
+    if name == "scale" and len(values) == 1:
+        return values * len(ws)
+    raise ValueError(f"{name}: expected one for each of the {len(ws)} models, got {len(values)}")
+
+
+def _exactly_one(ws: Sequence[Tensor]) -> Sequence[Tensor]:
+    if len(ws) != 1:
+        raise ValueError(f"models: expected one to interpolate with the base, got {len(ws)}")
+    return ws
+
+
+def _information(which: str, fisher: State, name: str, like: Tensor) -> Tensor:
+    f = fisher.get(name)
+    if f is None or f.shape != like.shape:
+        got = "none" if f is None else f"shape {tuple(f.shape)}"
+        raise ValueError(f"fisher{which}: expected a tensor of shape {tuple(like.shape)} for {name}, got {got}")
+    return f.to(like)

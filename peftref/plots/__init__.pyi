@@ -1,0 +1,28 @@
+# Written by `python -m tools.stubs` from the `__all__` of the modules.
+from .charts import bars as bars
+from .charts import graph as graph
+from .charts import images as images
+from .charts import lines as lines
+from .facets import boxes as boxes
+from .facets import scatter as scatter
+from .house import GREY as GREY
+from .house import PALETTE as PALETTE
+from .house import Plot as Plot
+from .house import png as png
+from .house import style as style
+from .tradeoffs import tradeoff as tradeoff
+
+__all__ = [
+    "GREY",
+    "PALETTE",
+    "Plot",
+    "bars",
+    "boxes",
+    "graph",
+    "images",
+    "lines",
+    "png",
+    "scatter",
+    "style",
+    "tradeoff",
+]

@@ -1,0 +1,1 @@
+"""Published methods without a chapter, which the chapters compare with."""

@@ -1,0 +1,93 @@
+r"""BN-adapt: replace the training statistics of BatchNorm by those of the test batch.
+
+Schneider, Rusak, Eck, Bringmann, Brendel, Bethge, "Improving robustness against common corruptions by covariate shift
+adaptation", NeurIPS 2020, arXiv 2006.16971; Nado et al., "Evaluating Prediction-Time Batch Normalization for Robustness
+under Covariate Shift", 2020, arXiv 2006.10963.
+
+With source statistics :math:`\mu_s,\sigma_s^2` and those of the test batch :math:`\mu_b,\sigma_b^2` (eq-tta-bn)
+
+.. math:: \mu = (1-\alpha)\,\mu_s + \alpha\,\mu_b, \qquad \sigma^2 = (1-\alpha)\,\sigma_s^2 + \alpha\,\sigma_b^2 .
+
+:math:`\alpha=1` (the default) is prediction-time BatchNorm, :math:`\alpha=0` the source model. No weight changes and
+nothing carries over to the next batch.
+
+=================  ======================  =========================  ==========
+argument           here                    paper                      shape
+=================  ======================  =========================  ==========
+``alpha``          :math:`\alpha`          :math:`n/(N+n)`            scalar
+(batch)            :math:`\mu_b`           :math:`\mu_t`              ``(C,)``
+=================  ======================  =========================  ==========
+
+Differs from the paper: the mixing weight is given directly (the paper writes it through a pseudo-count N of source
+samples). The batch variance is the biased one, as in BatchNorm's own normalisation.
+
+>>> import torch
+>>> net = torch.nn.Sequential(torch.nn.BatchNorm1d(2, affine=False))
+>>> x = torch.tensor([[1.0, 10.0], [3.0, 30.0]])
+>>> BNAdapt(net)(x)                                # each column becomes standardised
+tensor([[-1.0000, -1.0000],
+        [ 1.0000,  1.0000]])
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..core.adapted import Adapted, batch_norms, check_positive, use_batch_statistics
+
+__all__ = ["BNAdapt"]
+
+
+class BNAdapt(Adapted):
+    """``forward(x)`` returns the logits of ``x`` with BatchNorm statistics mixed from source and batch; stateless.
+
+    Args:
+        model: a classifier with BatchNorm layers; copied, never changed.
+        alpha: weight of the batch in [0, 1]. 1 uses the batch alone; 0.1 is a common choice for small batches.
+
+    Shape:
+        ``x``: ``(N, ...)``, N >= 2 when ``alpha`` = 1; returns ``(N, K)``.
+
+    Raises:
+        ValueError: no BatchNorm layer; BatchNorm layers without running statistics when ``alpha`` < 1; a batch of one.
+    """
+
+    def __init__(self, model: nn.Module, alpha: float = 1.0) -> None:
+        super().__init__(model)
+        check_positive("alpha", alpha, 1)
+        if not batch_norms(model):
+            raise ValueError("model: expected at least one BatchNorm layer, got none")
+        if alpha < 1 and any(m.running_mean is None for m in batch_norms(model)):
+            raise ValueError("model: expected BatchNorm layers with running statistics to mix with, got one without")
+        self.alpha = alpha
+        self.reset()
+
+    def reset(self) -> None:
+        self.model = copy.deepcopy(self.source).requires_grad_(False)
+        if self.alpha == 1:
+            use_batch_statistics(self.model)
+        elif self.alpha > 0:
+            for source in batch_norms(self.model):
+                source.register_forward_pre_hook(self._mix)
+
+    def _mix(self, layer: _BatchNorm, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        """Feed the layer an input whose normalisation by the SOURCE statistics equals that by the mixed ones."""
+        x = inputs[0]
+        shape = (1, -1) + (1,) * (x.ndim - 2)
+        var_b, mean_b = torch.var_mean(x, dim=[d for d in range(x.ndim) if d != 1], correction=0)
+        mean_s, var_s = layer.running_mean, layer.running_var
+        assert mean_s is not None and var_s is not None  # else __init__ has refused the model
+        mean_b, var_b = mean_b.to(mean_s.dtype), var_b.to(var_s.dtype)  # under autocast x is narrower
+        # eq-tta-bn
+        mean, var = torch.lerp(mean_s, mean_b, self.alpha), torch.lerp(var_s, var_b, self.alpha)
+        ratio = ((var_s + layer.eps) / (var + layer.eps)).sqrt()
+        return ((x - mean.view(shape)) * ratio.view(shape) + mean_s.view(shape),)
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor) -> Tensor:
+        self.check(x, smallest=2 if self.alpha == 1 else 1)
+        return self.model(x) if len(x) else self.empty(self.model, x)
