@@ -1,0 +1,105 @@
+"""What validators repeat: each returns the checked value, or says what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Collection
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def integer(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
+    """An integer from ``low`` to ``high``, both included.
+
+    Raises:
+        TypeError: not an integer; True and False are none.
+        ValueError: outside the interval.
+
+    >>> integer("k", 5, 1)
+    5
+    >>> integer("k", True, 1)
+    Traceback (most recent call last):
+    TypeError: k: expected an integer, got True
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if low is not None and value < low or high is not None and value > high:
+        raise ValueError(f"{name}: expected an integer {_interval(low, high)}, got {value!r}")
+    return int(value)
+
+
+def number(
+    name: str, value: Any, low: float | None = None, high: float | None = None, *, open_low: bool = False
+) -> float:
+    """A finite real number from ``low`` to ``high``, both included unless ``open_low``.
+
+    Raises:
+        TypeError: not a real number; True and False are none.
+        ValueError: not finite, or outside the interval.
+
+    >>> number("lr", 0.1, 0.0, open_low=True)
+    0.1
+    >>> number("lr", float("nan"), 0.0)
+    Traceback (most recent call last):
+    ValueError: lr: expected a finite number >= 0, got nan
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    too_low = low is not None and (value <= low if open_low else value < low)
+    too_high = high is not None and value > high
+    if not math.isfinite(value) or too_low or too_high:
+        raise ValueError(f"{name}: expected a finite number {_interval(low, high, open_low)}, got {value!r}".rstrip())
+    return float(value)
+
+
+def one_of(name: str, value: T, choices: Collection[T]) -> T:
+    """One of a few values.
+
+    Raises:
+        ValueError: another one.
+
+    >>> one_of("kind", "knn", ("knn", "rbf"))
+    'knn'
+    """
+    if isinstance(value, list | dict | set) or value not in choices:
+        raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}")
+    return value
+
+
+def finite(name: str, value: Tensor) -> Tensor:
+    """A tensor without NaN and infinity.
+
+    Raises:
+        ValueError: it has one; the message says how many.
+    """
+    broken = int((~value.isfinite()).sum())
+    if broken:
+        raise ValueError(f"{name}: expected finite entries, got {broken} that are NaN or infinite")
+    return value
+
+
+def upcast(dtype: torch.dtype) -> torch.dtype:
+    """The type to compute in: float32, or ``dtype`` itself if that is wider.
+
+    >>> upcast(torch.bfloat16), upcast(torch.float64)
+    (torch.float32, torch.float64)
+    """
+    return dtype if dtype == torch.float64 else torch.float32  # float8 has no promotion to ask for
+
+
+def at_least_float32(value: Tensor) -> Tensor:
+    """``value`` in float32, or in its own type if that is wider; the gradient goes through."""
+    return value.to(upcast(value.dtype))
+
+
+def _interval(low: float | None, high: float | None, open_low: bool = False) -> str:
+    if low is not None and high is not None:
+        return f"in {'(' if open_low else '['}{low:g}, {high:g}]"
+    if low is not None:
+        return f"{'>' if open_low else '>='} {low:g}"
+    return "" if high is None else f"<= {high:g}"
