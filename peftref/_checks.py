@@ -17,19 +17,17 @@ def integer(name: str, value: Any, low: int | None = None, high: int | None = No
     """An integer from ``low`` to ``high``, both included.
 
     Raises:
-        TypeError: not an integer; True and False are none.
-        ValueError: outside the interval.
+        ValueError: not an integer (True and False are none), or outside the interval.
 
     >>> integer("k", 5, 1)
     5
     >>> integer("k", True, 1)
     Traceback (most recent call last):
-    TypeError: k: expected an integer, got True
+    ValueError: k: expected an integer >= 1, got True
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if low is not None and value < low or high is not None and value > high:
-        raise ValueError(f"{name}: expected an integer {_interval(low, high)}, got {value!r}")
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or (low is not None and value < low) or (high is not None and value > high):
+        raise ValueError(f"{name}: expected an integer {_interval(low, high)}".rstrip() + f", got {value!r}")
     return int(value)
 
 
@@ -39,8 +37,7 @@ def number(
     """A finite real number from ``low`` to ``high``, both included unless ``open_low``.
 
     Raises:
-        TypeError: not a real number; True and False are none.
-        ValueError: not finite, or outside the interval.
+        ValueError: not a finite real number (True and False are none), or outside the interval.
 
     >>> number("lr", 0.1, 0.0, open_low=True)
     0.1
@@ -48,12 +45,14 @@ def number(
     Traceback (most recent call last):
     ValueError: lr: expected a finite number >= 0, got nan
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    too_low = low is not None and (value <= low if open_low else value < low)
-    too_high = high is not None and value > high
-    if not math.isfinite(value) or too_low or too_high:
-        raise ValueError(f"{name}: expected a finite number {_interval(low, high, open_low)}, got {value!r}".rstrip())
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if real:
+        too_low = low is not None and (value <= low if open_low else value < low)
+        real = not too_low and not (high is not None and value > high)
+    if not real:
+        raise ValueError(
+            f"{name}: expected a finite number {_interval(low, high, open_low)}".rstrip() + f", got {value!r}"
+        )
     return float(value)
 
 
