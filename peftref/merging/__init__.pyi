@@ -26,7 +26,7 @@ from .core.loop import delta as delta
 from .core.loop import elementwise as elementwise
 from .core.loop import fill as fill
 from .core.loop import merge as merge
-from .core.loop import widen as widen
+from .core.loop import upcast as upcast
 from .core.patching import Patched as Patched
 from .core.patching import apply as apply
 from .core.quantise import Quantised as Quantised
@@ -38,8 +38,8 @@ from .experiments.colournets import distinct as distinct
 from .experiments.colournets import hits as hits
 from .experiments.colournets import scenes as scenes
 from .experiments.colournets import train as train
-from .experiments.corrupted import DOMAINS as DOMAINS
 from .experiments.corrupted import Corrupting as Corrupting
+from .experiments.corrupted import DOMAINS as DOMAINS
 from .experiments.corrupted import accuracy as accuracy
 from .experiments.corrupted import corrupted as corrupted
 from .experiments.corrupted import deal as deal
@@ -119,6 +119,6 @@ __all__ = [
     "train",
     "trim_thresholds",
     "units",
-    "widen",
+    "upcast",
     "wise_ft",
 ]

@@ -65,7 +65,7 @@ from torch import Tensor, nn
 from .baselines.arithmetic import average
 from .core.aligned import check_names, check_states, check_tensors, finite
 from .core.batchnorm import batchnorms, recalibrate
-from .core.loop import State, layout_of, merge, widen
+from .core.loop import State, layout_of, merge, upcast
 from .core.patching import Patched as Patched
 from .core.patching import apply as apply
 from .core.quantise import quantise as quantise
@@ -104,7 +104,7 @@ def signature(
     rho: dict[str, Tensor] = {}
     beta: dict[str, Tensor] = {}  # kept where they are: a look at each would stall the device's queue
     for name in names:
-        theta_s = widen(clean[name])
+        theta_s = upcast(clean[name])
         theta_0, theta_c = (state[name].detach().to(theta_s) for state in (pretrained, robust))
         # eq-rws-naive:  delta_c = theta_c - theta_s
         rho[name] = theta_c - theta_s
@@ -158,7 +158,7 @@ def compose(
         # eq-rws-patch:  sum_c alpha_c rho_c
         if both:
             torch._foreach_add_([patch[n] for n in both], [rho[n] for n in both], alpha=scale)
-        patch |= {n: widen(rho[n]) * scale for n in new}
+        patch |= {n: upcast(rho[n]) * scale for n in new}
     return patch
 
 

@@ -855,7 +855,7 @@ MERGING: dict[str, Callable[[], Call]] = {
         merging.merge,
         dict(base=states()[0], models=list(states()[1:]), rule=arithmetic.average(), skip=["b"]),
     ),
-    "widen": lambda: (merging.widen, dict(t=t(3))),
+    "upcast": lambda: (merging.upcast, dict(t=t(3))),
     "Corrupting": lambda: (corrupted.Corrupting, dict(model=nn.Identity(), name="contrast", seed=0)),
     "Corrupting.forward": lambda: (
         corrupted.Corrupting(nn.Identity(), "contrast"),

@@ -34,7 +34,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from ..core.loop import Rule, State, check_aligned, widen
+from ..core.loop import Rule, State, check_aligned, upcast
 
 __all__ = ["ties", "trim_thresholds"]
 
@@ -131,9 +131,9 @@ def trim_thresholds(
     for shift, width in ((BITS, 31 - BITS), (0, BITS)):
         counts = torch.zeros(len(models), 2**width, dtype=torch.long)
         for name in names:
-            w0 = widen(base[name])
+            w0 = upcast(base[name])
             for i, model in enumerate(models):
-                bits = (widen(model[name]).to(w0) - w0).float().abs().flatten().view(torch.int32)
+                bits = (upcast(model[name]).to(w0) - w0).float().abs().flatten().view(torch.int32)
                 if shift == 0:
                     bits = bits[bits >> BITS == found[i]] & (2**BITS - 1)
                 counts[i] += torch.bincount(bits >> shift, minlength=2**width).cpu()

@@ -34,7 +34,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Rule", "State", "check_aligned", "delta", "elementwise", "fill", "merge", "widen"]
+from ... import _checks
+from ..._checks import at_least_float32
+
+__all__ = ["Rule", "State", "check_aligned", "delta", "elementwise", "fill", "merge", "upcast"]
 
 BLOCK = (
     1 << 15
@@ -94,7 +97,7 @@ def fill(
                 target.copy_(w0)
                 continue
             tensors = [w0, *(model[name].detach() for model in models)]
-            at, wide = torch.device(device or w0.device), _wide(w0.dtype)
+            at, wide = torch.device(device or w0.device), _checks.upcast(w0.dtype)
             if at.type == "cpu" and getattr(rule, "elementwise", False):
                 _in_pieces(rule, name, target, tensors, wide, pool)
                 continue
@@ -122,7 +125,7 @@ def delta(state: State, base: State, names: Collection[str] | None = None) -> di
         names = [name for name, place in layout.items() if place.is_floating_point()]
     elif unknown := [name for name in names if name not in layout]:
         raise ValueError(f"names: expected names of base, got {unknown}")
-    return {name: widen(state[name]).to(base[name].device) - widen(base[name]) for name in names}
+    return {name: upcast(state[name]).to(base[name].device) - upcast(base[name]) for name in names}
 
 
 def elementwise(rule: Rule) -> Rule:
@@ -132,13 +135,9 @@ def elementwise(rule: Rule) -> Rule:
     return rule
 
 
-def widen(t: Tensor) -> Tensor:
+def upcast(t: Tensor) -> Tensor:
     """``t`` in float32, or in its own type if that is wider; without a gradient."""
-    return t.detach().to(_wide(t.dtype))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32  # float8 has no promotion to ask for
+    return at_least_float32(t.detach())
 
 
 def check_aligned(base: State, models: Sequence[State], skip: Collection[str] = ()) -> Mapping[str, Tensor]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .aligned import check_states, check_tensors, finite
-from .loop import State, layout_of, memory_of, widen
+from .loop import State, layout_of, memory_of, upcast
 
 __all__ = ["Patched", "apply"]
 
@@ -132,7 +132,7 @@ def _once(tensors: State, patch: State) -> tuple[list[Tensor], list[Tensor]]:
     """Tensors and what to add to each; tensors that share memory count once, or the patch would act twice."""
     found: dict[tuple[Hashable, ...], tuple[str, Tensor, Tensor]] = {}
     for name in patch:
-        t, p = tensors[name], widen(patch[name]).to(tensors[name].device)
+        t, p = tensors[name], upcast(patch[name]).to(tensors[name].device)
         tied, _, same = found.setdefault(memory_of(t), (name, t, p))
         if same is not p and not torch.equal(same, p):
             raise ValueError(f"patch: expected one value for {tied} and {name}, which share memory, got two")

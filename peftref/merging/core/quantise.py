@@ -51,7 +51,7 @@ from torch import Tensor
 
 from ..._replacing import replacing
 from .aligned import check_states, check_tensors
-from .loop import State, widen
+from .loop import State, upcast
 
 __all__ = ["Quantised", "quantise"]
 
@@ -141,7 +141,7 @@ def quantise(signature: State, levels: int, kind: str = "linear") -> Quantised:
     check_tensors(signature, signature=signature)
     if broken := [name for name, x in signature.items() if not x.isfinite().all()]:
         raise ValueError(f"signature: expected finite numbers, got others in {', '.join(broken)}")
-    encoded = {name: _encode(widen(x), levels, kind) for name, x in signature.items()}
+    encoded = {name: _encode(upcast(x), levels, kind) for name, x in signature.items()}
     codes, ranges = ({name: pair[i] for name, pair in encoded.items()} for i in (0, 1))
     return Quantised(codes, ranges, levels, kind)
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ...data import Dataset, Split
 from ...data.domains import domain_names, generator_for, shift
-from ...models.cnn import predict
+from ...fitting import predict
 from ..bang import confidence, fine_tune, outcomes
 from ..baselines.arithmetic import wise_ft
 from ..core.loop import merge
