@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import peft
 import torch
-from peftref.adapters.core.injection import adapters, inject
 from torch import nn
 
 from benchmarks._timing import Row
@@ -18,6 +17,7 @@ from benchmarks.adapters._step import BATCH, HEADS, TARGETS, TOKENS, WIDE, WIDTH
 from peftref.adapters.adaptformer import AdaptFormer
 from peftref.adapters.baselines.lora import LoRA
 from peftref.adapters.bone import Bone
+from peftref.adapters.core.injection import adapters, inject
 from peftref.adapters.hydra import Hydra
 from peftref.adapters.tera import Bank, TeRA
 from peftref.adapters.tlora import TLoRA

@@ -7,12 +7,12 @@ block anew, with the bottleneck in its ``forward``. The two are compared first, 
 from __future__ import annotations
 
 import peft
-from peftref.adapters.core.injection import adapters, inject
 from torch import Tensor, nn
 
 from benchmarks._timing import Row
 from benchmarks.adapters._step import HEADS, TARGETS, WIDTH, block, step_row, stir, tokens
 from peftref.adapters.adaptformer import AdaptFormer
+from peftref.adapters.core.injection import adapters, inject
 
 AUTHORS = "the authors' block: the bottleneck inside its forward"
 

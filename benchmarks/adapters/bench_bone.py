@@ -9,13 +9,13 @@ from __future__ import annotations
 import peft
 import torch
 import torch.nn.functional as F
-from peftref.adapters.core.injection import adapters, inject
-from peftref.adapters.core.layers import Layer
 from torch import Tensor, nn
 
 from benchmarks._timing import Row
 from benchmarks.adapters._step import HEADS, TARGETS, WIDTH, block, step_row, stir, tokens
 from peftref.adapters.bone import Bone, bat, tiles
+from peftref.adapters.core.injection import adapters, inject
+from peftref.adapters.core.layers import Layer
 
 SIZE = {"width": WIDTH, "heads": HEADS}
 

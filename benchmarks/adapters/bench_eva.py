@@ -13,12 +13,12 @@ import peft
 import timm
 import torch
 from peft.utils.incremental_pca import IncrementalPCA
-from peftref.adapters.core.spectra import absorb
 from sklearn.decomposition import IncrementalPCA as SklearnPCA
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from benchmarks._timing import Floor, Row, compare, counted_flops, flops_floor
+from peftref.adapters.core.spectra import absorb
 from peftref.adapters.eva import collect
 from peftref.data import load
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import peft
 import torch
 import torch.nn.functional as F
-from peftref.adapters.core.adapter import Host
-from peftref.adapters.core.injection import inject
-from peftref.adapters.core.layers import Layer
 from torch import Tensor, nn
 
 from benchmarks._timing import Row
 from benchmarks.adapters._step import HEADS, TARGETS, WIDTH, block, step_row, stir, tokens
+from peftref.adapters.core.host import Host
+from peftref.adapters.core.injection import inject
+from peftref.adapters.core.layers import Layer
 from peftref.adapters.tlora import TLoRA
 
 SIZE = {"width": WIDTH, "heads": HEADS}

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from peftref.adapters.core.injection import adapters, inject
-from peftref.adapters.core.phm import phm_linear, phm_weight
 from torch import Tensor, nn
 
 from benchmarks._timing import Row, compare
 from benchmarks.adapters._step import BATCH, HEADS, WIDTH, block, step_row, stir, tokens
-from peftref.adapters.vl_adapter import Tasks, VLAdapter
+from peftref.adapters.core.injection import adapters, inject
+from peftref.adapters.core.phm import phm_linear, phm_weight
+from peftref.adapters.core.switch import Tasks
+from peftref.adapters.vl_adapter import VLAdapter
 
 SIZE = {"width": WIDTH, "heads": HEADS}
 TARGETS = ["proj", "fc2"]

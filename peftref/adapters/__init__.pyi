@@ -3,9 +3,8 @@ from .adaptformer import AdaptFormer as AdaptFormer
 from .adaptformer import branch as branch
 from .adaptformer import dead_share as dead_share
 from .adaptformer import head as head
-from .adaptformer import width as width
-from .baselines.hyperformer import Hyperformer as Hyperformer
 from .baselines.hyperformer import HyperNet as HyperNet
+from .baselines.hyperformer import Hyperformer as Hyperformer
 from .baselines.hyperformer import places as places
 from .baselines.lora import LoRA as LoRA
 from .baselines.lora import scaling as scaling
@@ -14,17 +13,19 @@ from .bone import bat as bat
 from .bone import pool as pool
 from .bone import pooled as pooled
 from .bone import tiles as tiles
-from .core.activations import rows as rows
+from .core.activations import input_rows as input_rows
+from .core.activations import record_inputs as record_inputs
 from .core.activations import run as run
-from .core.activations import together as together
+from .core.activations import shared_inputs as shared_inputs
 from .core.activations import token_mask as token_mask
-from .core.activations import watching as watching
 from .core.adapter import Adapter as Adapter
-from .core.adapter import Host as Host
+from .core.bypass import bypassed as bypassed
+from .core.bypass import call_with_taps as call_with_taps
 from .core.files import config as config
 from .core.files import load as load
 from .core.files import save as save
 from .core.files import state as state
+from .core.host import Host as Host
 from .core.injection import activate as activate
 from .core.injection import adapters as adapters
 from .core.injection import build as build
@@ -34,10 +35,9 @@ from .core.injection import merge as merge
 from .core.injection import unload as unload
 from .core.injection import unmerge as unmerge
 from .core.layers import Layer as Layer
-from .core.layers import bypassed as bypassed
 from .core.layers import refusal as refusal
-from .core.layers import tapped as tapped
 from .core.layers import view as view
+from .core.layers import width as width
 from .core.modes import balanced as balanced
 from .core.phm import PHM as PHM
 from .core.phm import Rule as Rule
@@ -47,10 +47,12 @@ from .core.spectra import Moments as Moments
 from .core.spectra import Spectrum as Spectrum
 from .core.spectra import absorb as absorb
 from .core.spectra import agreement as agreement
-from .core.targets import bare as bare
+from .core.switch import Tasks as Tasks
+from .core.switch import agreed_names as agreed_names
 from .core.targets import find as find
+from .core.targets import frozen_module as frozen_module
 from .core.targets import matches as matches
-from .core.targets import named as named
+from .core.targets import modules_by_name as modules_by_name
 from .core.targets import swap as swap
 from .eva import Directions as Directions
 from .eva import collect as collect
@@ -58,9 +60,9 @@ from .eva import inject_eva as inject_eva
 from .eva import redistribute as redistribute
 from .eva import start as start
 from .experiments.multitask import EVEN as EVEN
-from .experiments.multitask import SUBLAYERS as SUBLAYERS
 from .experiments.multitask import Heads as Heads
 from .experiments.multitask import MultiRun as MultiRun
+from .experiments.multitask import SUBLAYERS as SUBLAYERS
 from .experiments.multitask import TaskToken as TaskToken
 from .experiments.multitask import compare_sharing as compare_sharing
 from .experiments.multitask import conflict as conflict
@@ -68,20 +70,16 @@ from .experiments.multitask import learn as learn
 from .experiments.multitask import relabelled as relabelled
 from .experiments.transfer import LINEARS as LINEARS
 from .experiments.transfer import LRS as LRS
-from .experiments.transfer import SHIFTS as SHIFTS
 from .experiments.transfer import Run as Run
+from .experiments.transfer import SHIFTS as SHIFTS
 from .experiments.transfer import Task as Task
-from .experiments.transfer import accuracy as accuracy
 from .experiments.transfer import adapt as adapt
-from .experiments.transfer import best_rate as best_rate
 from .experiments.transfer import compare as compare
-from .experiments.transfer import descend as descend
 from .experiments.transfer import fresh as fresh
 from .experiments.transfer import full as full
 from .experiments.transfer import probe as probe
 from .experiments.transfer import shifted as shifted
 from .experiments.transfer import summary as summary
-from .experiments.transfer import train as train
 from .experiments.transfer import trainable as trainable
 from .experiments.transfer import update_rank as update_rank
 from .hydra import Hydra as Hydra
@@ -106,7 +104,6 @@ from .tlora import ring_matrix as ring_matrix
 from .tlora import transform as transform
 from .vl_adapter import SHARING as SHARING
 from .vl_adapter import Stack as Stack
-from .vl_adapter import Tasks as Tasks
 from .vl_adapter import VLAdapter as VLAdapter
 from .vl_adapter import affine as affine
 from .vl_adapter import bottleneck as bottleneck
@@ -144,32 +141,31 @@ __all__ = [
     "TeRA",
     "VLAdapter",
     "absorb",
-    "accuracy",
     "activate",
     "adapt",
     "adapters",
     "affine",
+    "agreed_names",
     "agreement",
     "as_lora",
     "balanced",
-    "bare",
     "bat",
-    "best_rate",
     "bottleneck",
     "branch",
     "build",
     "bypassed",
+    "call_with_taps",
     "collect",
     "compare",
     "compare_sharing",
     "config",
     "conflict",
     "dead_share",
-    "descend",
     "error_terms",
     "expand",
     "find",
     "fresh",
+    "frozen_module",
     "full",
     "head",
     "identity_cores",
@@ -177,13 +173,14 @@ __all__ = [
     "identity_penalty",
     "inject",
     "inject_eva",
+    "input_rows",
     "install",
     "learn",
     "load",
     "matches",
     "merge",
+    "modules_by_name",
     "multiply",
-    "named",
     "orthogonal_penalty",
     "phm_linear",
     "phm_weight",
@@ -194,26 +191,24 @@ __all__ = [
     "product",
     "rank_bound",
     "rank_one",
+    "record_inputs",
     "redistribute",
     "refusal",
     "relabelled",
     "ring_factors",
     "ring_matrix",
-    "rows",
     "run",
     "save",
     "save_as_lora",
     "scaling",
+    "shared_inputs",
     "shifted",
     "start",
     "state",
     "summary",
     "swap",
-    "tapped",
     "tiles",
-    "together",
     "token_mask",
-    "train",
     "trainable",
     "transform",
     "unload",
@@ -221,6 +216,5 @@ __all__ = [
     "update",
     "update_rank",
     "view",
-    "watching",
     "width",
 ]

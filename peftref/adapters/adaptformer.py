@@ -55,12 +55,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core.activations import watching
+from .core.activations import record_inputs
 from .core.adapter import Adapter
 from .core.injection import adapters
-from .core.layers import Layer
+from .core.layers import Layer, width
 
-__all__ = ["AdaptFormer", "branch", "dead_share", "head", "width"]
+__all__ = ["AdaptFormer", "branch", "dead_share", "head"]
 
 
 def branch(
@@ -142,24 +142,6 @@ class AdaptFormer(Adapter):
         return branch(self.norm(u), down.weight, down.bias, up.weight, up.bias, self.s, dropout)
 
 
-def width(child: nn.Module) -> int:
-    """How many features a child of a block takes: those its normalisation, or else its first matrix, is made for.
-
-    >>> width(nn.LayerNorm(8)), width(nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)))
-    (8, 8)
-    """
-    for m in child.modules():
-        if isinstance(size := getattr(m, "in_features", None), int):
-            return size
-        weight = getattr(m, "weight", None)
-        shape: tuple[int, ...] = getattr(m, "normalized_shape", ()) or (
-            weight.shape if isinstance(weight, Tensor) else ()
-        )
-        if len(shape) == 1:
-            return shape[0]
-    raise ValueError(f"tap: expected a normalisation or layers with a matrix, got a {type(child).__name__}")
-
-
 def dead_share(model: nn.Module, x: Tensor, name: str = "default") -> dict[str, float]:
     """Share of each bottleneck's ReLUs that no token of ``x`` switches on, by block, in eval mode; nothing changes.
 
@@ -179,7 +161,7 @@ def dead_share(model: nn.Module, x: Tensor, name: str = "default") -> dict[str, 
         off = F.linear(a.norm.forward(u), a.down_proj.weight, a.down_proj.bias) <= 0  # by a call this would be seen too
         shares[n] = off.view(-1, a.bottleneck).all(0).double().mean().item()
 
-    with watching(model, {n: a.norm for n, a in found.items()}, see):
+    with record_inputs(model, {n: a.norm for n, a in found.items()}, see):
         model(x)
     if not shares:
         raise ValueError(f"name: expected an adapter that is active, got {name!r}")

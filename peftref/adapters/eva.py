@@ -55,7 +55,7 @@ import torch
 from torch import Tensor, nn
 
 from .baselines.lora import LoRA
-from .core.activations import rows, run, together, token_mask, watching
+from .core.activations import input_rows, record_inputs, run, shared_inputs, token_mask
 from .core.injection import build, install
 from .core.layers import view
 from .core.spectra import Moments, Spectrum, absorb, agreement
@@ -165,7 +165,8 @@ def collect(
     seen = 0
     for batch in islice(batches, max_batches):
         if not groups:
-            groups = [_Input(names, k[names[0]], route, center) for names in together(model, layers, batch, forward)]
+            shared = shared_inputs(model, layers, batch, forward)
+            groups = [_Input(names, k[names[0]], route, center) for names in shared]
         awake = {group.leader: group for group in groups if group.moving(dealt, tau, subspace)}
         if not awake:
             break
@@ -173,9 +174,9 @@ def collect(
 
         def see(name: str, x: Tensor, awake: dict[str, _Input] = awake, mark: Tensor | None = mark) -> None:
             with torch.autocast(x.device.type, enabled=False):  # products of bfloat16 are too coarse
-                awake[name].take(rows(name, layers[name], x, mark))
+                awake[name].take(input_rows(name, layers[name], x, mark))
 
-        with watching(model, {n: layers[n] for n in awake}, see):
+        with record_inputs(model, {n: layers[n] for n in awake}, see):
             forward(model, batch)
         seen += 1
         if all(group.state for group in groups):  # on an incremental route, and beyond the first rows

@@ -70,7 +70,7 @@ from .core.adapter import Adapter
 from .core.files import PREFIX, _write, config
 from .core.injection import adapters
 from .core.layers import Layer, view
-from .core.targets import bare, named
+from .core.targets import frozen_module, modules_by_name
 
 __all__ = ["Hydra", "as_lora", "save_as_lora"]
 
@@ -143,7 +143,7 @@ def as_lora(adapter: Hydra, module: nn.Module) -> tuple[Tensor, Tensor, Tensor |
         adapter nor the layer (or no sequential branch) has one.
     """
     with torch.no_grad():
-        return _as_lora(adapter, view(bare(module), adapter.dtype))
+        return _as_lora(adapter, view(frozen_module(module), adapter.dtype))
 
 
 def _as_lora(adapter: Hydra, base: Layer) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -180,7 +180,7 @@ def save_as_lora(model: nn.Module, path: str | Path, name: str = "default") -> N
         TypeError: one that is no Hydra.
         RuntimeError: the model is merged; its frozen weights are needed.
     """
-    found, modules = adapters(model, name), named(model)
+    found, modules = adapters(model, name), modules_by_name(model)
     hydras = {n: a for n, a in found.items() if isinstance(a, Hydra)}
     if other := [n for n in found if n not in hydras]:
         raise TypeError(f"name: expected a Hydra, got {found[other[0]].kind} on {other[0]}")
@@ -189,7 +189,7 @@ def save_as_lora(model: nn.Module, path: str | Path, name: str = "default") -> N
     tensors, ranks, bias = {}, {}, False
     for n, adapter in hydras.items():
         A, B, db = as_lora(adapter, modules[n])
-        base = view(bare(modules[n]))
+        base = view(frozen_module(modules[n]))
         ones = (1,) * (len(base.window) - 1)
         tensors[f"{PREFIX}{n}.lora_A.weight"] = A.unflatten(1, base.window)
         tensors[f"{PREFIX}{n}.lora_B.weight"] = B.reshape(*B.shape, *ones)
@@ -203,6 +203,6 @@ def save_as_lora(model: nn.Module, path: str | Path, name: str = "default") -> N
         "peft_type": "LORA", "r": common, "lora_alpha": common, "lora_bias": bias, "lora_dropout": 0.0,
         "rank_pattern": pattern, "alpha_pattern": pattern, "use_rslora": False, "inference_mode": True,
         "target_modules": config(model, name)["target_modules"],
-        "fan_in_fan_out": any(type(bare(modules[n])).__name__ == "Conv1D" for n in found),
+        "fan_in_fan_out": any(type(frozen_module(modules[n])).__name__ == "Conv1D" for n in found),
     }  # fmt: skip
     _write(path, tensors, spec)

@@ -33,6 +33,7 @@ memory and in files. The non-linearity is the official one, GELU in its tanh for
 >>> import torch
 >>> from torch import nn
 >>> from peftref.adapters.core.injection import adapters, inject
+>>> from peftref.adapters.core.switch import Tasks
 >>> net, tasks = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), Tasks(["vqa", "gqa"])
 >>> inject(net, VLAdapter, ["0"], reduction=4, sharing="half-up", tasks=tasks)
 ['0']
@@ -62,62 +63,11 @@ from torch import Tensor, nn
 from .core.adapter import Adapter
 from .core.layers import Layer
 from .core.phm import PHM, Rule
+from .core.switch import Tasks, agreed_names
 
-__all__ = ["SHARING", "Stack", "Tasks", "VLAdapter", "affine", "bottleneck"]
+__all__ = ["SHARING", "Stack", "VLAdapter", "affine", "bottleneck"]
 
 SHARING = ("single", "multiple", "half-up", "half-down")  # "half-up": U is shared, each task has its D
-
-
-class Tasks:
-    """Names of the tasks, and which of them are in the batch: all adapters of a model read it from one such object.
-
-    Args:
-        names: of the tasks, in the order of the weights.
-
-    Attributes:
-        current: a number for a batch of one task, ``(N,)`` numbers for one of many; None until :meth:`use` is called.
-    """
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = list(names)
-        if isinstance(names, str) or not self.names or len(set(self.names)) < len(self.names):
-            raise ValueError(f"names: expected a list of different names, got {names!r}")
-        self.current: int | Tensor | None = 0 if len(self.names) == 1 else None
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def use(self, which: str | Sequence[str] | Tensor) -> None:
-        """Say which task comes next: one name, or for a mixed batch a name or a number for every element.
-
-        Raises:
-            ValueError: a name or a number that is not there.
-        """
-        if isinstance(which, Tensor):
-            if which.ndim != 1 or which.is_floating_point() or not ((which >= 0) & (which < len(self))).all():
-                raise ValueError(f"which: expected (N,) integers below {len(self)}, got {which}")
-            self.current = which.long()
-            return
-        asked = [which] if isinstance(which, str) else list(which)
-        if any(name not in self.names for name in asked):
-            raise ValueError(f"which: expected some of {self.names}, got {which!r}")
-        numbers = [self.names.index(name) for name in asked]
-        self.current = numbers[0] if isinstance(which, str) else torch.tensor(numbers, dtype=torch.long)
-
-    @property
-    def one(self) -> int | None:
-        """The number of the task, where the batch is of one task."""
-        return self.current if isinstance(self.current, int) else None
-
-    def pick(self, stack: Tensor) -> Tensor:
-        """Of ``(T, ...)`` the task's entry, or ``(N, ...)`` for a mixed batch; of a shared ``(1, ...)`` that one."""
-        if len(stack) == 1:
-            return stack[0]
-        if self.current is None:
-            raise ValueError(f"tasks: expected one of {self.names} to be chosen by use(), got none")
-        if isinstance(self.current, int):
-            return stack[self.current]
-        return stack.index_select(0, self.current.to(stack.device))  # whose gradient is faster than that of stack[...]
 
 
 def affine(h: Tensor, W: Tensor, b: Tensor) -> Tensor:
@@ -179,7 +129,7 @@ class VLAdapter(Adapter):
             raise ValueError(f"phm: expected 2 or more for a rank or a rule, got 1 with rank={rank}, rule={rule}")
         if init not in ("zero", "paper"):
             raise ValueError(f"init: expected 'zero' or 'paper', got {init!r}")
-        self.task_names = None if sharing == "single" else _agreed(tasks, task_names)
+        self.task_names = None if sharing == "single" else agreed_names(tasks, task_names)
         self.reduction, self.sharing, self.phm, self.rank, self.init = reduction, sharing, phm, rank, init
         self.tasks = tasks or Tasks(["all"])
         self.own = {"down": sharing in ("multiple", "half-up"), "up": sharing in ("multiple", "half-down")}
@@ -234,12 +184,3 @@ class Stack(nn.Module):
     def forward(self, one: int | None = None) -> tuple[Tensor, Tensor]:
         """``(T, o, i)`` and ``(T, o)``."""
         return self.weight, self.bias
-
-
-def _agreed(tasks: Tasks | None, task_names: Sequence[str] | None) -> list[str]:
-    """The names of the tasks, where a file, if there is one, has them in the same order."""
-    if tasks is None:
-        raise ValueError("tasks: expected a Tasks, from which the adapter reads the task, got None")
-    if task_names is not None and list(task_names) != tasks.names:
-        raise ValueError(f"tasks: expected those that the weights were made for, {list(task_names)}, got {tasks.names}")
-    return list(tasks.names)

@@ -61,12 +61,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.core.adapter import Host
+from ..adapters.core.host import Host
 from ..adapters.core.injection import activate, adapters, install
 from ..data import Split
+from ..fitting import batches
 from .core.growing_head import DynamicHead, check_labels, local_loss
 from .core.small_modules import Experts
-from .core.streams import batches
 
 __all__ = ["LAE", "alpha_for", "ema_", "vote"]
 

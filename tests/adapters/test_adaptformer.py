@@ -19,11 +19,12 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from transformers import ViTConfig, ViTModel
 
-from peftref.adapters.adaptformer import AdaptFormer, branch, dead_share, head, width
+from peftref.adapters.adaptformer import AdaptFormer, branch, dead_share, head
 from peftref.adapters.baselines.lora import LoRA
+from peftref.adapters.core.bypass import call_with_taps
 from peftref.adapters.core.files import load, save
 from peftref.adapters.core.injection import activate, adapters, build, inject, unload
-from peftref.adapters.core.layers import tapped, view
+from peftref.adapters.core.layers import view, width
 from peftref.models.vit import ViT
 from tests._naive.adaptformer import bottleneck as naive_bottleneck
 from tests._naive.adaptformer import dead as naive_dead
@@ -233,7 +234,7 @@ def test_blocks_of_other_libraries() -> None:
     first = net.get_submodule(layers[0])
     shaken(net)
     h = torch.randn(2, 5, 16)
-    y0, inputs = tapped(first.base_layer, ["layernorm_after"], h)
+    y0, inputs = call_with_taps(first.base_layer, ["layernorm_after"], h)
     a = adapters(net)[layers[0]]
     u = inputs["layernorm_after"]
     assert_close(first(h), y0 + a(u, y0, view(first.base_layer)))
@@ -379,7 +380,7 @@ def test_half_precision_keeps_a_wide_adapter() -> None:
     net, _ = one(torch.bfloat16, scale=1e-3)
     a, x = adapters(net)["0"], tokens(2, 5, 16).bfloat16()
     assert {p.dtype for p in a.parameters()} == {torch.float32}
-    y0, inputs = tapped(net[0].base_layer, ["norm2"], x)
+    y0, inputs = call_with_taps(net[0].base_layer, ["norm2"], x)
     assert torch.equal(net(x), (y0 + a(inputs["norm2"].float(), y0.float(), view(net[0].base_layer))).bfloat16())
 
 
@@ -445,7 +446,7 @@ def test_dead_share_is_the_naive_one(n: int, r: int, seed: int) -> None:
     inject(net, AdaptFormer, ["0"], bottleneck=r)
     a, x = adapters(net)["0"], torch.randn(1, n, 6, dtype=torch.float64)
     nn.init.normal_(a.down_proj.bias)
-    _, inputs = tapped(net[0].base_layer, ["norm2"], x)
+    _, inputs = call_with_taps(net[0].base_layer, ["norm2"], x)
     expected = naive_dead(inputs["norm2"][0].tolist(), a.down_proj.weight.tolist(), a.down_proj.bias.tolist())
     assert dead_share(net, x) == {"0": pytest.approx(expected)}
 

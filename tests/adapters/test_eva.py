@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from peftref.adapters.baselines.lora import LoRA
-from peftref.adapters.core.activations import rows, run, together, token_mask, watching
-from peftref.adapters.core.adapter import Host
+from peftref.adapters.core.activations import input_rows, record_inputs, run, shared_inputs, token_mask
 from peftref.adapters.core.files import load, save
+from peftref.adapters.core.host import Host
 from peftref.adapters.core.injection import activate, adapters, inject, merge, unload
 from peftref.adapters.core.spectra import Moments, Spectrum, absorb, agreement
 from peftref.adapters.eva import collect, inject_eva, redistribute, start
@@ -262,7 +262,7 @@ def data(n: int = 4, b: int = 5, t: int = 7, d: int = 6) -> list[Tensor]:
 
 def seen_by(net: nn.Module, name: str, batches) -> list[Tensor]:
     found = []
-    with watching(net, {name: net.get_submodule(name)}, lambda n, x: found.append(x.flatten(0, -2).clone())):
+    with record_inputs(net, {name: net.get_submodule(name)}, lambda n, x: found.append(x.flatten(0, -2).clone())):
         for batch in batches:
             run(net, batch)
     return found
@@ -292,7 +292,7 @@ def test_each_layer_gets_the_directions_of_its_input(route: str) -> None:
 def test_the_same_tensor_and_not_its_address() -> None:
     net = model()
     layers = {n: net.get_submodule(n) for n in [*NAMES, "idle"]}
-    assert together(net, layers, data()[0]) == [["q", "k", "v"], ["copied"], ["out"], ["idle"]]
+    assert shared_inputs(net, layers, data()[0]) == [["q", "k", "v"], ["copied"], ["out"], ["idle"]]
 
     class Chain(nn.Sequential):  # each input is freed before the next is made, and may get its address
         def forward(self, x: Tensor) -> Tensor:
@@ -301,7 +301,7 @@ def test_the_same_tensor_and_not_its_address() -> None:
             return x
 
     chain = Chain(*(nn.Linear(4, 4) for _ in range(30)))
-    assert together(chain, dict(chain.named_children()), torch.randn(8, 4)) == [[str(j)] for j in range(30)]
+    assert shared_inputs(chain, dict(chain.named_children()), torch.randn(8, 4)) == [[str(j)] for j in range(30)]
 
     class InPlace(nn.Module):
         def __init__(self) -> None:
@@ -315,7 +315,7 @@ def test_the_same_tensor_and_not_its_address() -> None:
             return y + self.b(x) + self.c(x)
 
     net = InPlace()
-    assert together(net, dict(net.named_children()), torch.randn(2, 3)) == [["a"], ["b", "c"]]
+    assert shared_inputs(net, dict(net.named_children()), torch.randn(2, 3)) == [["a"], ["b", "c"]]
 
 
 def test_convolutions_share_where_they_read_alike() -> None:
@@ -673,11 +673,11 @@ def test_inputs_given_by_keyword_are_seen() -> None:
 
 def test_reading_rows() -> None:
     layer, x = nn.Linear(3, 2), torch.randn(2, 4, 3)
-    assert torch.equal(rows("a", layer, x), x.flatten(0, 1))
-    assert torch.equal(rows("a", layer, x[0, 0]), x[0, :1])
-    assert rows("a", layer, x[:0]).shape == (0, 3) and rows("a", layer, x.bfloat16()).dtype == torch.float32
+    assert torch.equal(input_rows("a", layer, x), x.flatten(0, 1))
+    assert torch.equal(input_rows("a", layer, x[0, 0]), x[0, :1])
+    assert input_rows("a", layer, x[:0]).shape == (0, 3) and input_rows("a", layer, x.bfloat16()).dtype == torch.float32
     with pytest.raises(ValueError, match="NaN or infinity into block.a"):
-        rows("block.a", layer, torch.tensor([[1.0, float("inf"), 0.0]]))
+        input_rows("block.a", layer, torch.tensor([[1.0, float("inf"), 0.0]]))
 
 
 # -- PEFT's

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from peftref.adapters.baselines.lora import LoRA
-from peftref.adapters.core.adapter import Adapter, Host
+from peftref.adapters.core.adapter import Adapter
+from peftref.adapters.core.bypass import bypassed
+from peftref.adapters.core.host import Host
 from peftref.adapters.core.injection import activate, adapters, build, inject, install, merge, unload, unmerge
-from peftref.adapters.core.layers import Layer, bypassed, refusal, view
-from peftref.adapters.core.targets import find, named
+from peftref.adapters.core.layers import Layer, refusal, view
+from peftref.adapters.core.targets import find, modules_by_name
 from peftref.models import SmallCNN
 
 
@@ -59,7 +61,7 @@ def model() -> Model:
 def look(net: nn.Module) -> tuple:
     """All that a refused call could have changed."""
     flags = [(n, p.requires_grad, p.detach().clone().tolist()) for n, p in net.named_parameters()]
-    states = [(n, h.active, h.merged) for n, h in named(net).items() if isinstance(h, Host)]
+    states = [(n, h.active, h.merged) for n, h in modules_by_name(net).items() if isinstance(h, Host)]
     return flags, copy.deepcopy(states), [(n, type(m).__name__, m.training) for n, m in net.named_modules()]
 
 
@@ -104,10 +106,10 @@ def test_targets(targets, exclude, expected) -> None:
 
 def test_names_do_not_change_when_adapters_come() -> None:
     net = model()
-    before = list(named(net))
+    before = list(modules_by_name(net))
     inject(net, Beside, ["mlp"], name="block")
     inject(net, LoRA, "all-linear", name="inside")
-    assert list(named(net)) == before
+    assert list(modules_by_name(net)) == before
     assert list(find(net, ["mlp.0"])) == ["blocks.0.mlp.0", "blocks.1.mlp.0"]
     assert list(adapters(net, "inside"))[2:4] == ["blocks.0.mlp.0", "blocks.0.mlp.2"]
 

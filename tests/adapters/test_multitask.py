@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from peftref.adapters.core.files import load, save
 from peftref.adapters.core.injection import activate, adapters, inject
+from peftref.adapters.core.switch import Tasks
 from peftref.adapters.experiments.multitask import (
     EVEN,
     SUBLAYERS,
@@ -21,7 +22,7 @@ from peftref.adapters.experiments.multitask import (
     relabelled,
 )  # fmt: skip
 from peftref.adapters.experiments.transfer import Task, fresh, shifted
-from peftref.adapters.vl_adapter import Tasks, VLAdapter
+from peftref.adapters.vl_adapter import VLAdapter
 
 
 @pytest.fixture(scope="module")

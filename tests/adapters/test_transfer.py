@@ -16,21 +16,18 @@ from peftref.adapters.experiments.at_scale import Enlarged, held_out, run_at_sca
 from peftref.adapters.experiments.transfer import (
     LINEARS,
     SHIFTS,
-    accuracy,
     adapt,
-    best_rate,
     compare,
-    descend,
     fresh,
     full,
     probe,
     shifted,
     summary,
-    train,
     trainable,
     update_rank,
-)  # fmt: skip
+)
 from peftref.data import load
+from peftref.fitting import accuracy, best_rate, minimise, train
 from peftref.models import from_timm
 from peftref.models.vit import pretrained_vit
 
@@ -185,13 +182,13 @@ def test_descent_is_adamw_on_a_one_cycle_schedule_with_clipped_gradients() -> No
         optimizer.step()
         schedule.step()
     batches = iter(goal)
-    losses = descend(lambda: (ours - next(batches)).square().sum(), iter([ours, frozen]), lr=0.1, steps=steps)
+    losses = minimise(lambda: (ours - next(batches)).square().sum(), iter([ours, frozen]), lr=0.1, steps=steps)
     assert_close(ours, by_hand)
     assert_close(losses, torch.stack(expected).detach())
     free = start.clone().requires_grad_()
-    descend(lambda: (free - goal[0]).square().sum() * 1e-3, [free], lr=0.1, steps=3, clip=math.inf)
+    minimise(lambda: (free - goal[0]).square().sum() * 1e-3, [free], lr=0.1, steps=3, clip=math.inf)
     held = start.clone().requires_grad_()
-    descend(lambda: (held - goal[0]).square().sum() * 1e-3, [held], lr=0.1, steps=3, clip=1e-9)
+    minimise(lambda: (held - goal[0]).square().sum() * 1e-3, [held], lr=0.1, steps=3, clip=1e-9)
     assert not torch.equal(free, held)  # Adam's epsilon shows in gradients this small
 
 

@@ -17,7 +17,8 @@ from peftref.adapters.core.files import load, save, state
 from peftref.adapters.core.injection import adapters, build, inject, install
 from peftref.adapters.core.layers import view
 from peftref.adapters.core.phm import PHM, Rule, phm_linear, phm_weight
-from peftref.adapters.vl_adapter import SHARING, Stack, Tasks, VLAdapter, affine, bottleneck
+from peftref.adapters.core.switch import Tasks
+from peftref.adapters.vl_adapter import SHARING, Stack, VLAdapter, affine, bottleneck
 from tests._naive import vl_adapter as naive
 
 F64 = torch.float64

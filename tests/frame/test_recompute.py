@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from peftref.adapters.baselines.lora import LoRA
 from peftref.adapters.core.injection import adapters, inject
 from peftref.adapters.core.layers import view
+from peftref.adapters.core.switch import Tasks
 from peftref.adapters.eva import collect, start
 from peftref.adapters.experiments.transfer import accuracy, train
 from peftref.adapters.hydra import Hydra
-from peftref.adapters.vl_adapter import Tasks, VLAdapter
+from peftref.adapters.vl_adapter import VLAdapter
 from peftref.data import continual, load
 from peftref.data.orders import shuffled, sorted_by_class
 from peftref.models import pretrained

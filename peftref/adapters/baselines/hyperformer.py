@@ -26,7 +26,7 @@ Differs from the official code: :math:`H_U,h_U,H_c,h_c` start at zero, so that e
 
 >>> import torch
 >>> from peftref.adapters.core.injection import adapters, inject
->>> from peftref.adapters.vl_adapter import Tasks
+>>> from peftref.adapters.core.switch import Tasks
 >>> from peftref.models.vit import ViT
 >>> net, targets, tasks = ViT(embed_dim=8, num_heads=2), r"blocks\.\d+\.(attn\.proj|mlp\.fc2)", Tasks(["a", "b"])
 >>> where = places(net, targets)
@@ -52,8 +52,9 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..core.layers import Layer
+from ..core.switch import Tasks, agreed_names
 from ..core.targets import find
-from ..vl_adapter import Tasks, VLAdapter, _agreed, bottleneck
+from ..vl_adapter import VLAdapter, bottleneck
 
 __all__ = ["HyperNet", "Hyperformer", "places"]
 
@@ -144,7 +145,7 @@ class Hyperformer(Adapter):
         tasks: Tasks | None = None, hyper: HyperNet | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.task_names = _agreed(tasks, task_names)
+        self.task_names = agreed_names(tasks, task_names)
         assert tasks is not None
         if hyper is None or hyper.d != base.out_features:
             got = "None" if hyper is None else f"one for {hyper.d}"

@@ -9,12 +9,12 @@
 ...     def forward(self, x):
 ...         return self.out(self.q(x) * self.k(x))
 >>> net, seen = Pair().train(), []
->>> with watching(net, {"out": net.out}, lambda name, x: seen.append((name, tuple(x.shape)))):
+>>> with record_inputs(net, {"out": net.out}, lambda name, x: seen.append((name, tuple(x.shape)))):
 ...     run(net, torch.ones(2, 3)).requires_grad, net.training
 (False, False)
 >>> seen, net.training
 ([('out', (2, 3))], True)
->>> together(net, dict(net.named_children()), torch.ones(2, 3))
+>>> shared_inputs(net, dict(net.named_children()), torch.ones(2, 3))
 [['q', 'k'], ['out']]
 """
 
@@ -30,11 +30,11 @@ from torch import Tensor, nn
 
 from .layers import view
 
-__all__ = ["rows", "run", "together", "token_mask", "watching"]
+__all__ = ["input_rows", "record_inputs", "run", "shared_inputs", "token_mask"]
 
 
 @contextmanager
-def watching(
+def record_inputs(
     model: nn.Module, layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
 ) -> Iterator[None]:  # fmt: skip
     """Within the block the model is in eval mode, and ``see(name, x)`` is told what each layer is about to get.
@@ -70,7 +70,7 @@ def run(model: nn.Module, batch: Any) -> Any:
     return model(x.to(device))
 
 
-def together(
+def shared_inputs(
     model: nn.Module, layers: Mapping[str, nn.Module], batch: Any, forward: Callable[[nn.Module, Any], object] = run
 ) -> list[list[str]]:  # fmt: skip
     """One pass: the layers that get the very same tensors, and read them alike, such as queries, keys and values.
@@ -87,7 +87,7 @@ def together(
             alive[key] = weakref.ref(x), sum(map(len, calls.values()))
         calls[name].append(alive[key][1])
 
-    with watching(model, layers, see):
+    with record_inputs(model, layers, see):
         forward(model, batch)
     groups: dict[Any, list[str]] = {}
     for n, inputs in calls.items():
@@ -95,7 +95,7 @@ def together(
     return list(groups.values())
 
 
-def rows(name: str, module: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
+def input_rows(name: str, module: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """The rows that a layer multiplies, ``(n, i)``, in float32 or wider; those of tokens where ``mask`` is true.
 
     Raises:

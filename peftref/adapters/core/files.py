@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from ..._replacing import replacing
 from .adapter import KINDS, Adapter
 from .injection import adapters, build, install
-from .targets import bare, find, named
+from .targets import find, frozen_module, modules_by_name
 
 __all__ = ["config", "load", "save", "state"]
 
@@ -177,8 +177,8 @@ def _of_the_base(model: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
     """PEFT may write an adapted head's frozen weight beside its adapter: harmless where it is this model's own."""
     own = {
         f"{PREFIX}{n}.{inside}{key}": p
-        for n, module in named(model).items()
-        for key, p in bare(module).named_parameters(recurse=False)
+        for n, module in modules_by_name(model).items()
+        for key, p in frozen_module(module).named_parameters(recurse=False)
         for inside in ("", "base_layer.")
     }
     return {key for key, t in tensors.items() if key in own and torch.equal(t, own[key].detach().cpu().to(t.dtype))}

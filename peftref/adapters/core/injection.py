@@ -30,9 +30,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .adapter import Adapter, Host
+from .adapter import Adapter
+from .host import Host
 from .layers import view
-from .targets import find, named, swap
+from .targets import find, modules_by_name, swap
 
 __all__ = ["activate", "adapters", "build", "inject", "install", "merge", "unload", "unmerge"]
 
@@ -98,7 +99,7 @@ def build(
 
 def install(model: nn.Module, new: Mapping[str, Adapter], name: str = "default", *, freeze: bool = True) -> None:
     """Put adapters of :func:`build`, which may have been changed since, into the model they were built for."""
-    modules, hosts = named(model), _hosts(model)
+    modules, hosts = modules_by_name(model), _hosts(model)
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"name: expected a name without dots that is no attribute of a ModuleDict, got {name!r}")
     if not isinstance(new, Mapping) or not new or not all(isinstance(a, Adapter) for a in new.values()):
@@ -209,7 +210,7 @@ def unload(model: nn.Module, *, merged: bool = False) -> None:
 
 
 def _hosts(model: nn.Module) -> dict[str, Host]:
-    return {n: module for n, module in named(model).items() if isinstance(module, Host)}
+    return {n: module for n, module in modules_by_name(model).items() if isinstance(module, Host)}
 
 
 def _names(hosts: Mapping[str, Host]) -> list[str]:

@@ -26,18 +26,13 @@ True
 
 from __future__ import annotations
 
-import ast
-import functools
-import inspect
-import textwrap
-from collections.abc import Collection
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Layer", "bypassed", "refusal", "tapped", "view"]
+__all__ = ["Layer", "refusal", "view", "width"]
 
 
 class Layer:
@@ -179,76 +174,19 @@ def _form(module: nn.Module) -> type[_Linear] | None:
     return None
 
 
-def tapped(
-    module: nn.Module, taps: Collection[str], x: Tensor, *args: Any, **kwargs: Any
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The output of a module, and with which input it called some of its children.
+def width(child: nn.Module) -> int:
+    """How many features a child of a block takes: those its normalisation, or else its first matrix, is made for.
 
-    What runs is a shallow copy, which shares every child but those that are listened to. So no hook is set and nothing
-    is kept: not by a call that fails, not in another thread, and a compiler sees ordinary modules.
-
-    >>> block = nn.Sequential(nn.Linear(2, 3), nn.Tanh())
-    >>> y, inputs = tapped(block, ["1"], torch.ones(4, 2))
-    >>> torch.equal(inputs["1"].tanh(), y), torch.equal(y, block(torch.ones(4, 2)))
-    (True, True)
-
-    Raises:
-        RuntimeError: a child that is not called.
+    >>> width(nn.LayerNorm(8)), width(nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)))
+    (8, 8)
     """
-    if not taps:
-        return module(x, *args, **kwargs), {}
-    inputs: dict[str, Tensor] = {}
-    twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__)
-    heard = {n: _Tap(cast(nn.Module, module._modules[n]), n, inputs) for n in taps}
-    twin.__dict__["_modules"] = {**module._modules, **heard}
-    y = twin(x, *args, **kwargs)
-    if unheard := [n for n in taps if n not in inputs]:
-        raise RuntimeError(f"tap: expected a child that the {type(module).__name__} calls, got {', '.join(unheard)}")
-    return y, inputs
-
-
-class _Tap(nn.Module):
-    """Stands for a child during one call, and writes down its input."""
-
-    def __init__(self, child: nn.Module, name: str, inputs: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.child, self.name, self.inputs = child, name, inputs
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("child"), name)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.inputs[self.name] = x
-        y: Tensor = self.child(x, *args, **kwargs)
-        return y
-
-
-@functools.cache
-def bypassed(parent: type[nn.Module]) -> frozenset[str]:
-    """Layers of which the parent's ``forward`` uses the weights itself, so that an adapter might never be called.
-
-    Found in its source: ``self.name.weight`` or ``.bias`` for more than to ask its type or place.
-
-    >>> sorted(bypassed(nn.MultiheadAttention)), sorted(bypassed(nn.Sequential))
-    (['out_proj'], [])
-    """
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(parent.forward)))
-    except (OSError, TypeError, SyntaxError):  # no source, so nothing to say
-        return frozenset()
-    harmless = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr in ("dtype", "device", "shape", "ndim", "requires_grad"):
-            harmless.add(node.value)
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "hasattr"):
-            harmless.update(node.args)
-    return frozenset(
-        node.value.attr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and node.attr in ("weight", "bias") and node not in harmless
-        if isinstance(node.value, ast.Attribute) and getattr(node.value.value, "id", "") == "self"
-    )
+    for m in child.modules():
+        if isinstance(size := getattr(m, "in_features", None), int):
+            return size
+        weight = getattr(m, "weight", None)
+        shape: tuple[int, ...] = getattr(m, "normalized_shape", ()) or (
+            weight.shape if isinstance(weight, Tensor) else ()
+        )
+        if len(shape) == 1:
+            return shape[0]
+    raise ValueError(f"tap: expected a normalisation or layers with a matrix, got a {type(child).__name__}")

@@ -20,18 +20,19 @@ from typing import cast
 
 from torch import nn
 
-from .adapter import Host
-from .layers import bypassed, refusal
+from .bypass import bypassed
+from .host import Host
+from .layers import refusal
 
-__all__ = ["bare", "find", "matches", "named", "swap"]
+__all__ = ["find", "frozen_module", "matches", "modules_by_name", "swap"]
 
 
-def bare(module: nn.Module) -> nn.Module:
+def frozen_module(module: nn.Module) -> nn.Module:
     """The frozen module of a host; any other module as it is."""
     return module.base_layer if isinstance(module, Host) else module
 
 
-def named(model: nn.Module) -> dict[str, nn.Module]:
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     """Every module once, under the first name it had before adapters came; in a host's place the host itself."""
     first: dict[int, tuple[str, nn.Module]] = {}
     for n, m in _walk(model):
@@ -60,23 +61,23 @@ def find(
         aliases.setdefault(id(m), []).append(n)
     found = {
         n: m
-        for n, m in named(model).items()
+        for n, m in modules_by_name(model).items()
         if n and any(map(hit, aliases[id(m)])) and not any(map(out, aliases[id(m)]))
     }
     if not found:
-        some = [n for n, m in named(model).items() if n and refusal(bare(m)) is None]
+        some = [n for n, m in modules_by_name(model).items() if n and refusal(frozen_module(m)) is None]
         listed = repr(some) if len(some) <= 8 else f"{some[:8]} and {len(some) - 8} more"
         raise ValueError(f"targets: expected names of layers, of which there are {listed}, got {targets!r}")
     for n, m in found.items():
-        if not any_module and (why := refusal(bare(m))):
+        if not any_module and (why := refusal(frozen_module(m))):
             raise TypeError(
                 f"targets: expected a Linear, Conv2d or Conv1D, got {n}, {why}; name other targets or exclude it"
             )
     of = {alias for m in found.values() for alias in aliases[id(m)]}
     passed_over = {
-        f"{n} (in a {type(bare(parent)).__name__})"
+        f"{n} (in a {type(frozen_module(parent)).__name__})"
         for prefix, parent in _walk(model)
-        for attr in bypassed(cast(Hashable, type(bare(parent))))
+        for attr in bypassed(cast(Hashable, type(frozen_module(parent))))
         if (n := f"{prefix}.{attr}" if prefix else attr) in of
     }
     if passed_over:
@@ -84,7 +85,7 @@ def find(
             f"targets: expected layers that are called, got {', '.join(sorted(passed_over))}, whose weights are used "
             "without a call, so that an adapter could be passed over; name other targets or exclude them"
         )
-    return {n: bare(m) for n, m in found.items()}
+    return {n: frozen_module(m) for n, m in found.items()}
 
 
 def swap(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
@@ -99,12 +100,7 @@ def matches(label: str, wanted: str | Iterable[str], model: nn.Module) -> Callab
     """A function that says of a name whether it is one of those ``wanted``."""
     if isinstance(wanted, str):
         if wanted.lower() == "all-linear":
-            embeddings = getattr(model, "get_output_embeddings", lambda: None)()
-            return {
-                n
-                for n, m in named(model).items()
-                if (isinstance(bare(m), nn.Linear) or type(bare(m)).__name__ == "Conv1D") and m is not embeddings
-            }.__contains__
+            return _linear_names(model).__contains__
         try:
             return re.compile(wanted).fullmatch
         except re.error as error:
@@ -117,6 +113,16 @@ def matches(label: str, wanted: str | Iterable[str], model: nn.Module) -> Callab
 
 def _walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     yield name, module
-    for attr, child in bare(module)._modules.items():
+    for attr, child in frozen_module(module)._modules.items():
         if child is not None:
             yield from _walk(child, f"{name}.{attr}" if name else attr)
+
+
+def _linear_names(model: nn.Module) -> set[str]:
+    """Every ``Linear`` and ``Conv1D`` but the output layer of a transformers model."""
+    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+    return {n for n, m in modules_by_name(model).items() if _is_linear(frozen_module(m)) and m is not embeddings}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

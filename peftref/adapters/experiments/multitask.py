@@ -4,7 +4,7 @@ task by task.
 Each task has a head of its own. A batch holds images of all tasks, drawn from the union of their training images, so
 that a task counts as much as it has data (as in Sung, Cho, Bansal, CVPR 2022, where a batch has one task and tasks
 are drawn by size). Adapters and heads read the task of each image from one
-:class:`~peftref.adapters.vl_adapter.Tasks`.
+:class:`~peftref.adapters.core.switch.Tasks`.
 
 >>> from peftref.adapters.core.injection import inject
 >>> from peftref.adapters.experiments.transfer import shifted
@@ -32,10 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...data import Split
+from ...fitting import accuracy, best_rate, minimise
 from ..core.adapter import Adapter
 from ..core.layers import Layer
-from ..vl_adapter import Tasks
-from .transfer import TUNING_SEED, Task, accuracy, best_rate, descend, fresh, trainable
+from ..core.switch import Tasks
+from .transfer import TUNING_SEED, Task, fresh, trainable
 
 __all__ = [
     "EVEN", "SUBLAYERS", "Heads", "MultiRun", "TaskToken", "compare_sharing", "conflict", "learn", "relabelled",
@@ -166,7 +167,7 @@ def learn(
             return F.cross_entropy(_rest(model, x[i], frozen), labels[i])
 
         model.train()
-        losses = descend(loss, model.parameters(), lr=lr, steps=steps)
+        losses = minimise(loss, model.parameters(), lr=lr, steps=steps)
     model.eval()
     val, test, val_loss = {}, {}, []
     for name, part in suite.items():

@@ -18,7 +18,7 @@ pre-trained network with a new head, the same steps, and as many learning rates 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -28,13 +28,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...data import Split, load
+from ...fitting import accuracy, best_rate, train
 from ...models.vit import ViT, pretrained_vit
-from ..core.adapter import Adapter, Host
+from ..core.adapter import Adapter
+from ..core.host import Host
 from ..core.layers import view
 
 __all__ = [
-    "LINEARS", "LRS", "SHIFTS", "Run", "Task", "accuracy", "adapt", "best_rate", "compare", "descend", "fresh", "full",
-    "probe", "shifted", "summary", "train", "trainable", "update_rank",
+    "LINEARS", "LRS", "SHIFTS", "Run", "Task", "adapt", "compare", "fresh", "full",
+    "probe", "shifted", "summary", "trainable", "update_rank",
 ]  # fmt: skip
 
 LINEARS = r"(.*\.)?blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"  # every matrix inside the blocks, timm's too
@@ -124,78 +126,6 @@ class Run:
     seconds: float
 
 
-def descend(
-    loss: Callable[[], Tensor], params: Iterable[Tensor], *, lr: float, steps: int, clip: float = 1.0
-) -> Tensor:  # fmt: skip
-    """The recipe of all trainings of this part: AdamW without decay, one-cycle learning rate, clipped gradients.
-
-    Decay would pull a trained factor towards zero, where some adapters learn nothing any more.
-
-    Args:
-        loss: of a new batch at each call.
-        params: of them, those that require a gradient.
-        lr: peak of the schedule.
-        clip: largest length of the gradient; infinity leaves it alone.
-
-    Returns:
-        The loss of each step, ``(steps,)``, on the CPU.
-    """
-    if not 0 < lr < float("inf") or not isinstance(steps, int) or steps < 1 or not clip > 0:
-        raise ValueError(f"lr, steps, clip: expected positive numbers, got {lr!r}, {steps!r} and {clip!r}")
-    params = [p for p in params if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    losses = []
-    for _ in range(steps):
-        value = loss()
-        optimizer.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(params, clip)
-        optimizer.step()
-        schedule.step()
-        losses.append(value.detach())
-    return torch.stack(losses).cpu()  # waits for the device, once
-
-
-def train(
-    model: nn.Module, x: Tensor, y: Tensor, *, lr: float, steps: int, batch_size: int = 64, clip: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> Tensor:  # fmt: skip
-    """:func:`descend` in the cross-entropy of batches drawn with replacement; the model is left in eval mode.
-
-    Args:
-        x, y: inputs and classes; batches are moved to the model's device.
-        generator: of the batches; default: torch's own.
-
-    Raises:
-        ValueError: numbers of inputs and classes that differ, or what is not positive; before the model is touched.
-    """
-    if y.ndim != 1 or not 0 < len(y) == len(x) or batch_size < 1:
-        got = f"{tuple(x.shape)}, {tuple(y.shape)} and {batch_size}"
-        raise ValueError(f"x, y, batch_size: expected (N, ...), (N,) and a size, none of them empty, got {got}")
-    device = next(model.parameters()).device
-
-    def loss() -> Tensor:
-        i = torch.randint(len(y), (batch_size,), generator=generator)
-        return F.cross_entropy(model(x[i].to(device)), y[i].to(device))
-
-    model.train()
-    losses = descend(loss, model.parameters(), lr=lr, steps=steps, clip=clip)
-    model.eval()
-    return losses
-
-
-def best_rate(lrs: Sequence[float], score: Callable[[float], tuple[float, ...]]) -> float:
-    """The learning rate with the highest score, the first of equals; a single one is not tried.
-
-    >>> best_rate((1e-3, 1e-2), lambda lr: (-abs(lr - 0.02),))
-    0.01
-    """
-    if not lrs:
-        raise ValueError("lrs: expected at least one, got none")
-    return max(lrs, key=score) if len(lrs) > 1 else lrs[0]
-
-
 def adapt(
     build: Callable[[nn.Module], object], task: Task, *, lr: float, seed: int = 0, steps: int = 100,
     batch_size: int = 32, start: Callable[[int], nn.Module] = fresh, device: torch.device | str = "cpu",
@@ -259,13 +189,6 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
     by = runs.groupby("method", sort=False)
     table = by[["trainable", "rank", "lr", "accuracy"]].mean().astype({"trainable": int})
     return table.assign(sd=by["accuracy"].std(), loss=by["loss"].mean(), ms=by["ms"].median())
-
-
-def accuracy(logits: Tensor, y: Tensor) -> float:
-    """Share of right answers in %, of logits ``(N, K)`` and classes ``(N,)``."""
-    if not logits.numel() or logits.shape[:-1] != y.shape:
-        raise ValueError(f"logits, y: expected (N, K) and (N,), got {tuple(logits.shape)} and {tuple(y.shape)}")
-    return 100 * (logits.argmax(-1) == y).double().mean().item()
 
 
 def trainable(model: nn.Module) -> int:

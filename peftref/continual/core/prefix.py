@@ -56,10 +56,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...adapters.core.adapter import Adapter, Host
+from ...adapters.core.adapter import Adapter
+from ...adapters.core.host import Host
 from ...adapters.core.injection import build, install
 from ...adapters.core.layers import Layer, view
-from ...adapters.core.targets import named
+from ...adapters.core.targets import modules_by_name
 
 __all__ = ["AttentionHost", "Prefix", "heads", "inject_prefix", "prefix_attention", "prefix_share"]
 
@@ -190,7 +191,7 @@ def inject_prefix(
     """
     new = build(model, Prefix, targets, length=length, compensate=compensate)
     install(model, new, name, freeze=freeze)
-    for n, module in named(model).items():
+    for n, module in modules_by_name(model).items():
         if n in new:  # the same host, with other adapters it may have, from now on lets them compute the attention
             module.__class__ = AttentionHost
     return list(new)

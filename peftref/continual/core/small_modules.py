@@ -50,9 +50,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...adapters.adaptformer import width
 from ...adapters.core.adapter import Adapter
-from ...adapters.core.layers import Layer, view
+from ...adapters.core.layers import Layer, view, width
 
 __all__ = ["Experts", "KVLoRA", "ParallelAdapter"]
 
