@@ -16,6 +16,7 @@ from .fetch import download as download
 from .fetch import fetch_cifar10 as fetch_cifar10
 from .fetch import fetch_cifar100 as fetch_cifar100
 from .fetch import fetch_fashion_mnist as fetch_fashion_mnist
+from .fetch import fetch_tiny_imagenet as fetch_tiny_imagenet
 from .orders import Order as Order
 from .orders import as_stored as as_stored
 from .orders import dirichlet as dirichlet
@@ -31,16 +32,18 @@ from .read import read_cifar_c as read_cifar_c
 from .read import read_cifar_names as read_cifar_names
 from .read import read_cifar_python as read_cifar_python
 from .read import read_idx as read_idx
-from .sets import NAMES as NAMES
 from .sets import Dataset as Dataset
+from .sets import NAMES as NAMES
 from .sets import Split as Split
 from .sets import load as load
-from .streams import ORDERS as ORDERS
 from .streams import Batch as Batch
+from .streams import ORDERS as ORDERS
 from .streams import Stream as Stream
 from .streams import continual as continual
 from .streams import gradual as gradual
 from .streams import mixed as mixed
+from .tiny_imagenet import TinyImageNet as TinyImageNet
+from .tiny_imagenet import read_tiny_imagenet as read_tiny_imagenet
 
 __all__ = [
     "Batch",
@@ -55,6 +58,7 @@ __all__ = [
     "Split",
     "Stream",
     "TABLES",
+    "TinyImageNet",
     "as_stored",
     "continual",
     "corrupt",
@@ -66,6 +70,7 @@ __all__ = [
     "fetch_cifar10",
     "fetch_cifar100",
     "fetch_fashion_mnist",
+    "fetch_tiny_imagenet",
     "generator_for",
     "gradual",
     "grouped",
@@ -80,6 +85,7 @@ __all__ = [
     "read_cifar_names",
     "read_cifar_python",
     "read_idx",
+    "read_tiny_imagenet",
     "shift",
     "shuffled",
     "sorted_by_class",

@@ -1,7 +1,7 @@
-"""Downloads: one file with its checksum, and the three public image sets that do not fit in the package.
+"""Downloads: one file with its checksum, and the four public image sets that do not fit in the package.
 
 A file appears under its final name only when it is whole and its checksum agrees; a failure leaves nothing behind.
-The sets are laid out exactly as torchvision lays them out, with the addresses and checksums of
+Fashion-MNIST and CIFAR are laid out exactly as torchvision lays them out, with the addresses and checksums of
 ``torchvision.datasets`` (a test compares them), so ``torchvision.datasets.CIFAR10(root)`` reads what is fetched here
 and :func:`peftref.data.load` reads what torchvision fetched. Its own ``download=True`` is not used because it writes
 under the final name from the first byte on: an interrupted download would be taken for the file.
@@ -18,12 +18,20 @@ import tarfile
 import tempfile
 import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from .._replacing import replacing
 
-__all__ = ["DEFAULT_ROOT", "download", "fetch_cifar10", "fetch_cifar100", "fetch_fashion_mnist"]
+__all__ = [
+    "DEFAULT_ROOT",
+    "download",
+    "fetch_cifar10",
+    "fetch_cifar100",
+    "fetch_fashion_mnist",
+    "fetch_tiny_imagenet",
+]
 
 #: Where ``fetch_*`` puts files and :func:`peftref.data.load` looks for them when no ``root`` is given.
 DEFAULT_ROOT = Path.home() / ".cache" / "peftref"
@@ -37,6 +45,8 @@ FASHION_FILES = {
     "t10k-labels-idx1-ubyte": "bb300cfdad3c16e7a12a480ee83cd310",
 }
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
+TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"  # of 248,100,043 bytes
 
 _NETWORK = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
@@ -162,6 +172,31 @@ def fetch_cifar10(root: str | Path = DEFAULT_ROOT, *, url: str = CIFAR_URL, md5:
 def fetch_cifar100(root: str | Path = DEFAULT_ROOT, *, url: str = CIFAR_URL, md5: str | None = None) -> Path:
     """CIFAR-100, python version (161 MB), into ``root/cifar-100-python``; arguments as for :func:`fetch_cifar10`."""
     return _fetch_archive(CIFAR100, Path(root), url, md5)
+
+
+def fetch_tiny_imagenet(
+    root: str | Path = DEFAULT_ROOT, *, url: str = TINY_IMAGENET_URL, md5: str = TINY_IMAGENET_MD5
+) -> Path:
+    """Tiny-ImageNet (248 MB, for research) into ``root/tiny-imagenet-200``: 200 classes of ImageNet at 64 pixels.
+
+    Args:
+        root: the folder to unpack in; the archive stays there too.
+        url: address of the archive, for a mirror.
+        md5: checksum of a mirror's archive, if it differs.
+
+    Returns:
+        The folder with ``wnids.txt``, ``words.txt``, ``train`` and ``val``.
+    """
+    root = Path(root)
+    folder = root / "tiny-imagenet-200"
+    if folder.is_dir():  # it appears whole
+        return folder
+    packed = download(url, root / "tiny-imagenet-200.zip", md5=md5)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".tiny-imagenet-200.") as unpacked:
+        with zipfile.ZipFile(packed) as archive:
+            archive.extractall(unpacked)  # names that lead out of the folder are mended by zipfile
+        Path(unpacked, folder.name).rename(folder)
+    return folder
 
 
 def _fetch_archive(archive: Archive, root: Path, url: str, md5: str | None) -> Path:

@@ -9,11 +9,13 @@ name                content                                                     
 ``fashion_mnist``   Fashion-MNIST, ``(1, 28, 28)``                                       60,000   10,000   its files
 ``cifar10``         CIFAR-10, ``(3, 32, 32)``                                            50,000   10,000   its files
 ``cifar100``        CIFAR-100 with its fine labels, ``(3, 32, 32)``                      50,000   10,000   its files
+``tiny_imagenet``   200 classes of ImageNet, ``(3, 64, 64)``; its validation as test     100,000  10,000   its files
 ==================  ===================================================================  =======  =======  ==========
 
 The first three are on the machine once the package is. For the others, files already there are read in place, in the
 layout torchvision keeps or the one Debian installs; :mod:`peftref.data.fetch` gets them otherwise. Loading never
-touches the network.
+touches the network. All of Tiny-ImageNet takes 5.4 GB as float images: :func:`peftref.data.read_tiny_imagenet` reads
+one part of it, or a few images of each class, in 8 bits.
 
 >>> data = load("fashion8k")
 >>> data.train.x.shape, data.test.y.bincount().tolist()
@@ -39,6 +41,7 @@ from torch import Tensor
 
 from .fetch import CIFAR10, CIFAR100, DEFAULT_ROOT, FASHION_FILES
 from .read import read_cifar_binary, read_cifar_names, read_cifar_python, read_idx
+from .tiny_imagenet import read_tiny_imagenet, tiny_imagenet_folder
 
 __all__ = ["Dataset", "NAMES", "Split", "load"]
 
@@ -71,6 +74,7 @@ class Dataset:
         test: test images and labels.
         classes: name of every class, in the order of the labels.
         sha256: checksum of the stored integers (shapes, images, labels), to be kept with every result.
+        wnids: WordNet name of every class, where the set has them (Tiny-ImageNet), else empty.
     """
 
     name: str
@@ -78,6 +82,7 @@ class Dataset:
     test: Split = field(repr=False)
     classes: tuple[str, ...]
     sha256: str
+    wnids: tuple[str, ...] = field(default=(), repr=False)
 
 
 class _Raw(NamedTuple):
@@ -87,6 +92,7 @@ class _Raw(NamedTuple):
     test: tuple[NDArray[Any], NDArray[Any]]
     classes: tuple[str, ...]
     white: int = 255
+    wnids: tuple[str, ...] = ()
 
 
 def load(name: str, root: str | Path | None = None) -> Dataset:
@@ -94,9 +100,9 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
 
     Args:
         name: one of :data:`NAMES`.
-        root: folder with the files of ``fashion_mnist``, ``cifar10`` or ``cifar100``: the files' own folder, or the
-            ``root`` that torchvision's classes take. Default: where ``fetch_*`` puts them, then, for Fashion-MNIST,
-            Debian's package.
+        root: folder with the files of ``fashion_mnist``, ``cifar10``, ``cifar100`` or ``tiny_imagenet``: the files' own
+            folder, or its parent, the ``root`` that torchvision's classes take. Default: where ``fetch_*`` puts them,
+            then, for Fashion-MNIST, Debian's package.
 
     Returns:
         Fresh tensors at every call, so changing them in place harms nobody.
@@ -122,7 +128,7 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
     train, test = (
         Split(_unit_images(x, raw.white), torch.from_numpy(y.astype(np.int64))) for x, y in (raw.train, raw.test)
     )
-    return Dataset(name, train, test, raw.classes, digest.hexdigest())
+    return Dataset(name, train, test, raw.classes, digest.hexdigest(), raw.wnids)
 
 
 def _unit_images(x: NDArray[Any], white: int) -> Tensor:
@@ -203,6 +209,17 @@ def _cifar(classes: int, root: Path | None) -> _Raw:
     raise _absent(f"cifar{classes}", [base / forms[0][0], base / forms[1][0], base], root, "")
 
 
+def _tiny_imagenet(root: Path | None) -> _Raw:
+    base = DEFAULT_ROOT if root is None else root
+    if tiny_imagenet_folder(base) is None:
+        raise _absent("tiny_imagenet", [base / "tiny-imagenet-200", base], root, "")
+    train = read_tiny_imagenet(base, "train")
+    test = read_tiny_imagenet(base, "val")
+    rows = np.random.default_rng(0).permutation(len(train.y))  # they are stored class after class
+    shuffled = (train.x.numpy()[rows], train.y.numpy()[rows])
+    return _Raw(shuffled, (test.x.numpy(), test.y.numpy()), train.words, wnids=train.wnids)
+
+
 def _absent(name: str, folders: list[Path], root: Path | None, other: str) -> FileNotFoundError:
     call = f"peftref.data.fetch_{name}({'' if root is None else repr(str(root))})"
     return FileNotFoundError(
@@ -216,6 +233,7 @@ _ON_DISK: dict[str, Callable[[Path | None], _Raw]] = {
     "fashion_mnist": _fashion_mnist,
     "cifar10": functools.partial(_cifar, 10),
     "cifar100": functools.partial(_cifar, 100),
+    "tiny_imagenet": _tiny_imagenet,
 }
 #: Every name that :func:`load` knows.
 NAMES = (*_BUNDLED, *_ON_DISK)
