@@ -3,6 +3,10 @@ from .charts import bars as bars
 from .charts import graph as graph
 from .charts import images as images
 from .charts import lines as lines
+from .diagrams import Arrow as Arrow
+from .diagrams import Box as Box
+from .diagrams import Matrix as Matrix
+from .diagrams import diagram as diagram
 from .facets import boxes as boxes
 from .facets import scatter as scatter
 from .house import GREY as GREY
@@ -13,11 +17,15 @@ from .house import style as style
 from .tradeoffs import tradeoff as tradeoff
 
 __all__ = [
+    "Arrow",
+    "Box",
     "GREY",
+    "Matrix",
     "PALETTE",
     "Plot",
     "bars",
     "boxes",
+    "diagram",
     "graph",
     "images",
     "lines",
