@@ -14,10 +14,9 @@ from .baselines.ewc import ewc_penalty as ewc_penalty
 from .baselines.norms import continual_norm as continual_norm
 from .baselines.norms import group_norm as group_norm
 from .baselines.norms import replace_batch_norms as replace_batch_norms
+from .baselines.rehearsal import DERpp as DERpp
 from .baselines.rehearsal import ER as ER
 from .baselines.rehearsal import ERACE as ERACE
-from .baselines.rehearsal import DERpp as DERpp
-from .baselines.rehearsal import FineTune as FineTune
 from .baselines.rehearsal import ace_mask as ace_mask
 from .baselines.rehearsal import derpp_loss as derpp_loss
 from .baselines.rehearsal import er_ace_loss as er_ace_loss
@@ -56,16 +55,17 @@ from .core.prefix import inject_prefix as inject_prefix
 from .core.prefix import prefix_attention as prefix_attention
 from .core.prefix import prefix_share as prefix_share
 from .core.replay import Reservoir as Reservoir
+from .core.rule import FineTune as FineTune
 from .core.small_modules import Experts as Experts
 from .core.small_modules import KVLoRA as KVLoRA
 from .core.small_modules import ParallelAdapter as ParallelAdapter
 from .core.streams import Task as Task
-from .core.streams import batches as batches
 from .core.streams import class_incremental as class_incremental
 from .core.streams import domain_incremental as domain_incremental
 from .core.streams import task_of as task_of
 from .core.train import joint as joint
 from .core.train import learn as learn
+from .experiments.digits_then_clothes import Study as Study
 from .fsa import FSA as FSA
 from .fsa import cosine_distance as cosine_distance
 from .fsa import embed as embed
@@ -96,6 +96,7 @@ __all__ = [
     "ParallelAdapter",
     "Prefix",
     "Reservoir",
+    "Study",
     "Task",
     "ace_mask",
     "adaptation_loss",
@@ -106,7 +107,6 @@ __all__ = [
     "balance",
     "balanced_norm",
     "balanced_statistics",
-    "batches",
     "begin_task",
     "class_incremental",
     "classp_step",

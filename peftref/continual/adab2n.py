@@ -62,9 +62,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .._checks import number
 from .baselines.norms import replace_batch_norms
-from .baselines.rehearsal import FineTune
 from .core.balanced_norm import balanced_norm
+from .core.rule import FineTune, Forward
 from .core.streams import Task, task_of
 
 __all__ = [
@@ -254,34 +255,42 @@ def adaptation_loss(model: nn.Module) -> Tensor:
 
 
 def balance(rule: FineTune, model: nn.Module, tasks: Sequence[Task], strength: float, start: int = 0) -> Before:
-    """Let ``rule`` tell a converted ``model`` the task of every sample, new or replayed, and add the loss that ties.
+    """Let ``rule`` tell a converted ``model`` the task of every sample, new or replayed, and add the adaptation loss.
 
     Args:
-        rule: with all parts of a batch in one forward pass; its ``forward`` and ``regulariser`` are wrapped.
+        rule: with all parts of a batch in one forward pass; it is wrapped, see
+            :meth:`peftref.continual.core.rule.FineTune.wrap`.
+        model: converted by :func:`convert`.
         tasks: of the stream, whose classes tell the task of a sample.
         strength: lambda (the paper's grid: .01, .1, 1, 10).
         start: first task in which the loss counts (the paper's grid: 0, 1).
 
     Returns:
         For the argument ``before`` of :func:`peftref.continual.core.train.learn`.
+
+    Raises:
+        ValueError: a rule with several forward passes, a strength out of range, or layers for fewer tasks.
     """
-    if (forwards := getattr(rule, "forwards", "one")) != "one":
+    forwards = getattr(rule, "forwards", "one")
+    if forwards != "one":
         raise ValueError(f'rule: expected forwards="one", so that a batch mixes tasks, got {forwards!r}')
-    if not (strength >= 0 and math.isfinite(strength)):
-        raise ValueError(f"strength: expected a non-negative number, got {strength}")
-    if (least := min(len(layer.psi) for layer in _layers(model))) < len(tasks):
+    number("strength", strength, 0.0)
+    least = min(len(layer.psi) for layer in _layers(model))
+    if least < len(tasks):
         raise ValueError(f"model: expected layers for {len(tasks)} tasks, got {least}")
-    owner, forward, regulariser = task_of(tasks), rule.forward, rule.regulariser
+    owner = task_of(tasks)
 
-    def balanced(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        with task_batch(model, owner.to(y.device)[y]):
-            return forward(model, x, y)
+    def told(forward: Forward) -> Forward:
+        def balanced(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            with task_batch(model, owner.to(y.device)[y]):
+                return forward(model, x, y)
 
-    def tied(model: nn.Module) -> Tensor | float:
-        extra = strength * adaptation_loss(model) if strength and rule.task >= start else 0.0
-        return regulariser(model) + extra
+        return balanced
 
-    rule.forward, rule.regulariser = balanced, tied
+    def penalty(model: nn.Module) -> Tensor | float:
+        return strength * adaptation_loss(model) if strength and rule.task >= start else 0.0
+
+    rule.wrap(told, penalty)
     return partial(begin_task, model)
 
 

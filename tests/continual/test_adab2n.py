@@ -25,7 +25,8 @@ from peftref.continual.adab2n import (
     task_batch,
     task_weights,
 )  # fmt: skip
-from peftref.continual.baselines.rehearsal import ER, ERACE, DERpp, FineTune
+from peftref.continual.baselines.rehearsal import ER, ERACE, DERpp
+from peftref.continual.core.rule import FineTune
 from peftref.continual.core.balanced_norm import balanced_norm, balanced_statistics
 from peftref.continual.core.metrics import evaluate
 from peftref.continual.core.replay import Reservoir
@@ -678,7 +679,7 @@ def test_bad_rules_are_refused_and_left_alone():
     rule = DERpp(Reservoir(30))
     before = rule.forward
     for strength in (-1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match="strength: expected a non-negative number"):
+        with pytest.raises(ValueError, match="strength: expected a finite number >= 0"):
             balance(rule, net, tasks, strength)
     with pytest.raises(ValueError, match="model: expected AdaB2N layers"):
         balance(rule, SmallCNN(), tasks, 0.1)

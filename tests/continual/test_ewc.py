@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from peftref.continual.baselines.ewc import EWC, diagonal_fisher, ewc_penalty
-from peftref.continual.baselines.rehearsal import FineTune
+from peftref.continual.core.rule import FineTune
 from peftref.continual.core.streams import class_incremental
 from peftref.continual.core.train import learn
 from peftref.data import load

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from peftref.continual.baselines.rehearsal import ER, ERACE, DERpp, FineTune, ace_mask, derpp_loss, er_ace_loss, er_loss
+from peftref.continual.baselines.rehearsal import ER, ERACE, DERpp, ace_mask, derpp_loss, er_ace_loss, er_loss
 from peftref.continual.core.replay import Reservoir
 from peftref.models import PlainCNN, SmallCNN
 from tests._naive import rehearsal as naive

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftref.continual.baselines.rehearsal import ER, ERACE, DERpp, FineTune
+from peftref.continual.baselines.rehearsal import ER, ERACE, DERpp
+from peftref.continual.core.rule import FineTune
 from peftref.continual.core.metrics import evaluate, summary
 from peftref.continual.core.replay import Reservoir
-from peftref.continual.core.streams import batches, class_incremental, domain_incremental
+from peftref.continual.core.streams import class_incremental, domain_incremental
+from peftref.fitting import batches
 from peftref.continual.core.train import joint, learn
 from peftref.data import Dataset, Split, load
 
@@ -201,8 +203,8 @@ EMPTY = TASKS[0]._replace(train=Split(torch.zeros(0, 1, 8, 8), torch.zeros(0, dt
         ({"tasks": [TASKS[0], EMPTY]}, ValueError, "tasks: expected some, each with images"),
         ({"lr": -0.1}, ValueError, "lr: expected a finite number >= 0, got -0.1"),
         ({"lr": math.nan}, ValueError, "lr: expected"),
-        ({"batch_size": 0}, ValueError, "batch_size, epochs: expected at least 1 and 0, got 0"),
-        ({"epochs": -1}, ValueError, "batch_size, epochs: expected"),
+        ({"batch_size": 0}, ValueError, "batch_size: expected an integer >= 1, got 0"),
+        ({"epochs": -1}, ValueError, "epochs: expected an integer >= 0"),
     ],
 )
 def test_errors_come_before_effects(call, change, error, says):

@@ -53,7 +53,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 
-from .rehearsal import FineTune
+from ..core.rule import FineTune
 
 __all__ = ["EWC", "diagonal_fisher", "ewc_penalty"]
 

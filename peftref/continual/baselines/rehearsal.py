@@ -27,7 +27,6 @@ tensor([[ True, False,  True,  True]])
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -35,8 +34,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.replay import Reservoir
+from ..core.rule import FineTune
 
-__all__ = ["DERpp", "ER", "ERACE", "FineTune", "ace_mask", "derpp_loss", "er_ace_loss", "er_loss"]
+__all__ = ["DERpp", "ER", "ERACE", "ace_mask", "derpp_loss", "er_ace_loss", "er_loss"]
 
 
 def er_loss(new: Tensor, y: Tensor, old: Tensor, y_old: Tensor) -> Tensor:
@@ -79,34 +79,6 @@ def er_ace_loss(new: Tensor, y: Tensor, seen: int, old: Tensor | None = None, y_
     # eq-continual-erace
     loss = F.cross_entropy(masked, y)
     return loss if old is None or y_old is None else loss + F.cross_entropy(old, y_old)
-
-
-class FineTune:
-    """Cross-entropy on what arrives: the lower bound, and the frame of the rules below.
-
-    Attributes:
-        forward: ``(model, x, y) -> logits`` of one concatenated batch; replace it to give the network more than images.
-        regulariser: ``model -> scalar`` added to the loss after the forward pass.
-    """
-
-    def __init__(self) -> None:
-        self.forward: Callable[[nn.Module, Tensor, Tensor], Tensor] = lambda model, x, y: model(x)
-        self.regulariser: Callable[[nn.Module], Tensor | float] = lambda model: 0.0
-        self.task, self.classes = 0, 0
-
-    def begin_task(self, task: int, classes: int) -> None:
-        """Before the first batch of a task: its number, from 0, and the classes of all tasks so far."""
-        self.task, self.classes = task, classes
-
-    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """Loss of a new batch."""
-        return F.cross_entropy(self.forward(model, x, y), y) + self.regulariser(model)
-
-    def observe(self, x: Tensor, y: Tensor) -> None:
-        """After the step on this batch."""
-
-    def end_task(self, model: nn.Module, x: Tensor, y: Tensor) -> None:
-        """After the last batch of a task; ``x, y`` are all its training images."""
 
 
 class Rehearsal(FineTune):

@@ -1,7 +1,7 @@
 """One loop for every rule: the tasks of a stream one after the other, a row of the accuracy matrix after each.
 
 >>> from peftref.continual.core.metrics import summary
->>> from peftref.continual.baselines.rehearsal import FineTune
+>>> from peftref.continual.core.rule import FineTune
 >>> from peftref.continual.core.streams import class_incremental
 >>> from peftref.data import load
 >>> tasks = class_incremental(load("digits"), 5)
@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from ...data import Split
-from ..baselines.rehearsal import FineTune
+from ...fitting import batches, check_batches
 from .metrics import evaluate
-from .streams import Task, batches, check_batches
+from .rule import FineTune
+from .streams import Task
 
 __all__ = ["joint", "learn"]
 

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 from ...data import Dataset, Split
 from ...data.read import read_idx
-from ..baselines.rehearsal import FineTune
+from ...fitting import batches
 from ..core.metrics import evaluate
-from ..core.streams import Task, batches
+from ..core.rule import FineTune
+from ..core.streams import Task
 
 __all__ = ["Method", "PaperCNN", "as_published", "full_mnist", "published_switch", "run_at_scale"]
 
