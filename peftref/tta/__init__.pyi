@@ -32,7 +32,7 @@ from .experiments.evaluate import run_seeds as run_seeds
 from .experiments.evaluate import running_error as running_error
 from .experiments.evaluate import summary as summary
 from .lame import Assignment as Assignment
-from .lame import Lame as Lame
+from .lame import LAME as LAME
 from .lame import Neighbours as Neighbours
 from .lame import affinity as affinity
 from .lame import energy as energy
@@ -43,7 +43,7 @@ __all__ = [
     "Assignment",
     "BNAdapt",
     "CoTTA",
-    "Lame",
+    "LAME",
     "Neighbours",
     "OptimizerFactory",
     "RandomViews",

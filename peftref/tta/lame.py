@@ -52,7 +52,7 @@ from torch import Tensor, nn
 
 from .core.adapted import Adapted, at_least_float32, check_positive
 
-__all__ = ["Assignment", "Lame", "Neighbours", "affinity", "energy", "laplacian_assign"]
+__all__ = ["Assignment", "LAME", "Neighbours", "affinity", "energy", "laplacian_assign"]
 
 KINDS = ("knn", "rbf", "linear")
 MIN_SIGMA = 1e-6  # rbf width when every sample has k copies: coincident pairs get 1, all others 0
@@ -179,7 +179,7 @@ def laplacian_assign(
     return Assignment(z, a.log_softmax(-1), monitored, iterations)
 
 
-class Lame(Adapted):
+class LAME(Adapted):
     """``forward(x)`` returns the log-assignments of a batch, usable as logits; nothing carries over to the next one.
 
     The network keeps its source statistics: by its own, a batch of one class loses the features its samples share.

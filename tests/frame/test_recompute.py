@@ -31,7 +31,7 @@ from peftref.models import pretrained
 from peftref.panel.baselines.linear import panel_ols
 from peftref.results import SLACK
 from peftref.tta.experiments.evaluate import run_seeds, summary
-from peftref.tta.lame import Lame
+from peftref.tta.lame import LAME
 
 FOLDER = Path(__file__).resolve().parents[2] / "book/_results"
 SEEDS = (0, 1, 2)
@@ -66,7 +66,7 @@ def test_lame(order: Any, claim: str) -> None:
     data, domains = load("fashion8k"), ["gaussian_noise", "defocus_blur"]
     nets = [pretrained("fashion8k", seed) for seed in SEEDS]
     streams = [continual(data.test, domains, 3, order=order, batch_size=64, seed=seed) for seed in SEEDS]
-    error = summary(run_seeds({"LAME": Lame}, nets, streams)).loc["LAME", "mean"]
+    error = summary(run_seeds({"LAME": LAME}, nets, streams)).loc["LAME", "mean"]
     check("lame", claim, error, sha256=data.sha256, domains=domains, severity=3, batch=64)
 
 

@@ -18,10 +18,10 @@ from peftref.tta.baselines.tent import Tent
 from peftref.tta.experiments import at_scale
 from peftref.tta.experiments.at_scale import imagenet_folder, run_at_scale
 from peftref.tta.experiments.evaluate import error_by_domain, run
-from peftref.tta.lame import Lame
+from peftref.tta.lame import LAME
 
 SYNSETS = ("n01443537", "n02102040", "n03000684")  # goldfish 1, springer spaniel 217, chain saw 491
-METHODS = {"source": lambda net: net, "BN-adapt": BNAdapt, "TENT": Tent, "LAME": Lame}
+METHODS = {"source": lambda net: net, "BN-adapt": BNAdapt, "TENT": Tent, "LAME": LAME}
 
 
 def lay(root: Path, folders: tuple[str, ...], each: int = 4) -> Path:

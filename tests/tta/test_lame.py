@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from peftref.tta import lame
-from peftref.tta.lame import Lame, Neighbours, affinity, energy, laplacian_assign
+from peftref.tta.lame import LAME, Neighbours, affinity, energy, laplacian_assign
 from tests._naive import lame as naive
 
 KINDS = ("knn", "rbf", "linear")
@@ -482,13 +482,13 @@ F32 = torch.zeros(3, 2)
         (lambda: laplacian_assign(F32, torch.zeros(3, 3), floor=-1e-9), ValueError, "floor: expected"),
         (lambda: laplacian_assign(F32, torch.zeros(3, 3), tolerance=-1), ValueError, "tolerance: expected"),
         (lambda: laplacian_assign(F32, torch.zeros(3, 3), max_iterations=0), ValueError, "max_iterations: expected"),
-        (lambda: Lame(nn.Linear(2, 2)), ValueError, "head: expected"),
-        (lambda: Lame(nn.Linear(2, 2), head="fc"), ValueError, "head: expected .* got 'fc'"),
-        (lambda: Lame("resnet"), TypeError, "model: expected"),
-        (lambda: Lame(Net(), kind="cosine"), ValueError, "kind"),
-        (lambda: Lame(Net(), k=0), ValueError, "k: expected"),
-        (lambda: Lame(Net(), strength=-1), ValueError, "strength"),
-        (lambda: Lame(Net(), max_iterations=0), ValueError, "max_iterations"),
+        (lambda: LAME(nn.Linear(2, 2)), ValueError, "head: expected"),
+        (lambda: LAME(nn.Linear(2, 2), head="fc"), ValueError, "head: expected .* got 'fc'"),
+        (lambda: LAME("resnet"), TypeError, "model: expected"),
+        (lambda: LAME(Net(), kind="cosine"), ValueError, "kind"),
+        (lambda: LAME(Net(), k=0), ValueError, "k: expected"),
+        (lambda: LAME(Net(), strength=-1), ValueError, "strength"),
+        (lambda: LAME(Net(), max_iterations=0), ValueError, "max_iterations"),
     ],
 )
 def test_bad_arguments_are_refused(call, error, says):
@@ -536,26 +536,26 @@ def same(a: tuple, b: tuple) -> bool:
 
 def test_forward_is_the_kernels_on_the_models_outputs():
     net, x = Net().eval(), images()
-    method = Lame(net, k=3, strength=0.8)
+    method = LAME(net, k=3, strength=0.8)
     h = net.forward_features(x).detach()
     w = affinity(h.flatten(1), k=3)
     expected = laplacian_assign(net.forward_head(h).detach().log_softmax(-1), w, 0.8).log_z
     assert torch.equal(method(x), expected)
     assert method.source.passes == 1
     assert_close(method(x).exp().sum(-1), torch.ones(12))
-    assert torch.equal(Lame(net, k=3, strength=0.8, head="fc")(x), expected)  # the same features, by the hook
+    assert torch.equal(LAME(net, k=3, strength=0.8, head="fc")(x), expected)  # the same features, by the hook
 
 
 def test_no_strength_is_the_source_model():
     net, x = Net().eval(), images()
-    assert_close(Lame(net, strength=0.0)(x), net(x).log_softmax(-1))
+    assert_close(LAME(net, strength=0.0)(x), net(x).log_softmax(-1))
 
 
 def test_source_statistics_whatever_mode_is_asked_for():
     net, x = Net(), images()
-    frozen = Lame(net)(x)
+    frozen = LAME(net)(x)
     net.train()
-    method = Lame(net).train()
+    method = LAME(net).train()
     assert torch.equal(method(x), frozen)
     assert not any(m.training for m in method.modules())
 
@@ -563,7 +563,7 @@ def test_source_statistics_whatever_mode_is_asked_for():
 def test_no_batch_leaves_a_trace():
     net = Net().train()
     before = state(net)
-    method = Lame(net)
+    method = LAME(net)
     inside, first = state(method), method(images())
     for seed in range(3):
         method(images(seed=seed))
@@ -576,7 +576,7 @@ def test_no_batch_leaves_a_trace():
 
 
 def test_hook_is_removed_even_when_the_model_fails():
-    method = Lame(Net(), head="fc")
+    method = LAME(Net(), head="fc")
     with pytest.raises(RuntimeError):
         method(torch.zeros(2, 5, 8, 8))
     assert not method.source.fc._forward_pre_hooks
@@ -585,9 +585,9 @@ def test_hook_is_removed_even_when_the_model_fails():
 def test_a_broken_image_harms_only_itself():
     net, x = Net(), images()
     for kind in KINDS:
-        clean = Lame(net, kind)(x[1:])
+        clean = LAME(net, kind)(x[1:])
         x[0] = math.nan
-        out = Lame(net, kind)(x)
+        out = LAME(net, kind)(x)
         assert_close(out[1:], clean, rtol=1e-4, atol=1e-4)  # float32, and the stopping sums differ
         assert_close(out[0].exp(), torch.full((4,), 0.25))
 
@@ -596,26 +596,26 @@ def test_a_broken_image_harms_only_itself():
 def test_tiny_batches_through_the_wrapper(n):
     net = Net().eval()
     for kind in KINDS:
-        assert_close(Lame(net, kind)(images(n)), net(images(n)).log_softmax(-1))
+        assert_close(LAME(net, kind)(images(n)), net(images(n)).log_softmax(-1))
 
 
 @pytest.mark.parametrize("x", [torch.zeros(2, 1, 8, 8, dtype=torch.long), [[0.0]], torch.zeros(3)])
 def test_bad_inputs_are_refused(x):
     with pytest.raises((TypeError, ValueError), match="x: expected"):
-        Lame(Net())(x)
+        LAME(Net())(x)
 
 
 def test_every_setting_of_the_wrapper_matters():
     net, x = Net(), images(16)
-    base = Lame(net)(x)
+    base = LAME(net)(x)
     changes = {"kind": "rbf", "k": 2, "strength": 0.4, "symmetric": True, "max_iterations": 1}
     for name, value in changes.items():
-        assert not torch.allclose(Lame(net, **{name: value})(x), base, atol=1e-4), name
+        assert not torch.allclose(LAME(net, **{name: value})(x), base, atol=1e-4), name
 
 
 def test_half_precision_model():
     net, x = Net().eval(), images()
-    out = Lame(copy.deepcopy(net).to(torch.bfloat16))(x.to(torch.bfloat16))
+    out = LAME(copy.deepcopy(net).to(torch.bfloat16))(x.to(torch.bfloat16))
     assert out.dtype == torch.float32 and out.isfinite().all()
 
 
@@ -625,7 +625,7 @@ def test_gains_when_neighbours_share_labels():
     with torch.no_grad():
         usual = net(x).mean(0).argmax()
         wrong = (net(x).argmax(-1) != usual).sum()
-    fixed = (Lame(net, k=5, strength=2.0)(x).argmax(-1) != usual).sum()
+    fixed = (LAME(net, k=5, strength=2.0)(x).argmax(-1) != usual).sum()
     assert fixed < wrong or wrong == 0
 
 
@@ -641,7 +641,7 @@ def test_timm_models_untouched(name, options):
     net = timm.create_model(name, pretrained=False, num_classes=10, **options).eval()
     x = images(6, 3, 32)
     before = state(net)
-    method = Lame(net, k=2)
+    method = LAME(net, k=2)
     with torch.no_grad():
         h = net.forward_features(x)
         features, logits = net.forward_head(h, pre_logits=True), net(x)
@@ -657,4 +657,4 @@ def test_torchvision_model_by_the_name_of_its_head():
     headless.fc = nn.Identity()
     with torch.no_grad():
         expected = laplacian_assign(net(x).log_softmax(-1), affinity(headless(x), k=2)).log_z
-    assert_close(Lame(net, k=2, head="fc")(x), expected)
+    assert_close(LAME(net, k=2, head="fc")(x), expected)

@@ -80,7 +80,7 @@ def run_at_scale(
     """Online error in % of several methods on one continual stream of corruptions.
 
     Args:
-        methods: name -> function that wraps the model, for example ``{"LAME": Lame}``.
+        methods: name -> function that wraps the model, for example ``{"LAME": LAME}``.
         model: a classifier of images in [0, 1], as :func:`peftref.models.from_timm` gives it; it moves to ``device``.
         data: clean images and labels, for example of :func:`imagenet_folder`.
         domains, severity, order, seed, table: see :func:`peftref.data.continual`.
