@@ -14,27 +14,34 @@ where :math:`\theta` is all of the body (FSA) or the FiLM scales and shifts only
 included, only adds to the moments of :class:`peftref.continual.core.lda.LDA`. No sample is kept, and the head after
 the last session is the one that all sessions together would have given.
 
-Whether adapting is worth it is guessed from the features of the pre-trained body (eq-fsa-score): with
+A score of the features of the pre-trained body says how far apart unlabelled images lie there (eq-fsa-score): with
 :math:`u_i=\phi_i/\|\phi_i\|`, the mean cosine distance between two samples,
 
 .. math:: 1-\frac1{n(n-1)}\sum_{i\ne j}u_i^\top u_j
           =1-\frac{\big\|\sum_iu_i\big\|^2-\sum_i\|u_i\|^2}{n(n-1)} .
 
-The paper proposes a score of cosine distances; that it is this mean is our reading, unverified.
+The paper's abstract proposes a measure of unlabelled inputs that predicts the benefit of adapting; the mean over all
+pairs is the form chosen here.
 
 ===============================  =====================================  ==================  ==========
-argument                         here                                   paper               shape
+argument                         here                                   official code       shape
 ===============================  =====================================  ==================  ==========
-``model``                        :math:`f_\theta`                       body                module
+``model``                        :math:`f_\theta`                       feature extractor   module
 ``features``                     :math:`\phi`                           same                ``(n, d)``
 ``lr, epochs, milestones``       Adam, steps of the learning rate       same                --
 ===============================  =====================================  ==================  ==========
 
-Differs from the official code (aresPanos/fsa): with the full body, BatchNorm is in train mode during the first session
-and in eval mode ever after (there it stays in train mode, so that features depend on the batch and statistics drift
-while the head is fitted); FiLM is folded into the normalisation layers when the first session is over; a first session
-of one class, which teaches cross-entropy nothing, leaves the body as it is. For the head see
-:mod:`peftref.continual.core.lda`.
+Differs from the official code, `aresPanos/fsa@e151d896
+<https://github.com/aresPanos/fsa/tree/e151d896657246733da62f6ba552b4c23485cd28>`_:
+
+- The full body is in train mode during the first session and in eval mode ever after. There it is put into train mode
+  (``src/methods/cil_trainer.py#L188``) and the features of the head are computed without leaving it (``#L238-L259``);
+  then the full body stops at ``self.film_params``, which only FiLM has (``#L267``, ``#L173``), so what the published
+  code runs to its end is FSA-FiLM.
+- FiLM is folded into the normalisation layers when the first session is over.
+- A first session of one class, which teaches cross-entropy nothing, leaves the body as it is.
+
+For the head see :mod:`peftref.continual.core.lda`.
 
 >>> from peftref.continual.core.streams import class_incremental
 >>> from peftref.data import load
@@ -58,10 +65,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import integer, number, one_of
 from ..data import Split
+from ..fitting import batches
 from .core.film import film_parameters, inject_film, merge_film
 from .core.lda import LDA
-from .core.streams import batches
 
 __all__ = ["FSA", "cosine_distance", "embed", "first_session"]
 
@@ -69,16 +77,17 @@ BODIES = ("full", "film", "none")
 
 
 def cosine_distance(features: Tensor) -> Tensor:
-    """Mean cosine distance between two different samples (eq-fsa-score), ``(n, d) -> ()``, float64, in O(nd).
+    """Mean cosine distance, 1 - (|sum_i u_i|^2 - sum_i |u_i|^2) / n(n - 1) with u = phi / |phi| (eq-fsa-score).
 
-    A zero vector has no direction: it counts as orthogonal to all others.
+    ``(n, d) -> ()``, float64, in O(nd). A zero vector has no direction: it counts as orthogonal to all others.
 
     >>> cosine_distance(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]))  # 0, 1 and 1
     tensor(0.6667, dtype=torch.float64)
     """
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"features: expected two rows or more, (n, d), got shape {tuple(features.shape)}")
-    u, n = F.normalize(features.double(), dim=1), len(features)
+    n = len(features)
+    u = F.normalize(features.double(), dim=1)
     # eq-fsa-score:  1 - (|sum_i u_i|^2 - sum_i |u_i|^2) / n(n - 1)
     return 1 - (u.sum(0).square().sum() - u.square().sum()) / (n * (n - 1))
 
@@ -95,23 +104,37 @@ def embed(model: Any, x: Tensor) -> Tensor:
 
 
 def first_session(
-    model: nn.Module, x: Tensor, y: Tensor, body: str = "full", *, lr: float = 5e-3, epochs: int = 200,
-    milestones: Sequence[float] = (0.25, 0.5, 0.75), decay: float = 0.7, batch_size: int = 256, dropout: float = 0.5,
-    layers: str | Sequence[str] | None = None, seed: int = 0, after: Callable[[int, float], object] | None = None,
-) -> nn.Module:  # fmt: skip
-    r"""A copy of ``model``, adapted to the first session, frozen and in eval mode (eq-fsa-first).
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    body: str = "full",
+    *,
+    lr: float = 5e-3,
+    epochs: int = 200,
+    milestones: Sequence[float] = (0.25, 0.5, 0.75),
+    decay: float = 0.7,
+    batch_size: int = 256,
+    dropout: float = 0.5,
+    layers: str | Sequence[str] | None = None,
+    seed: int = 0,
+    after: Callable[[int, float], object] | None = None,
+) -> nn.Module:
+    r"""A copy of ``model``, adapted to the first session by min CE(U dropout(f(x)) + u, y), then frozen (eq-fsa-first).
+
+    The defaults are those of the official code.
 
     Args:
         model: body, see :func:`embed`; never changed.
-        x, y: images and labels (any integers) of the first session; of one class, nothing is trained.
+        x: images of the first session.
+        y: their labels, any integers; of one class, nothing is trained.
         body: ``"full"``: every parameter, BatchNorm by the statistics of the batch; ``"film"``: FiLM alone, all else
             in eval mode; ``"none"``: nothing.
-        lr: of Adam, for body and temporary head alike (0.005: official code).
-        epochs: 200: official code.
-        milestones, decay: shares of the epochs after which the rate is multiplied (official code: 50, 100 and 150 of
-            200 epochs, 0.7; with few shots 25, 50 and 100, 0.3).
-        batch_size: 256: official code. A rest that does not fill a batch is left out, as BatchNorm needs company.
-        dropout: of the features in training (0.5: official code).
+        lr: of Adam, for body and temporary head alike.
+        epochs: passes over the images.
+        milestones: shares of the epochs after which the rate is multiplied (with few shots 1/8, 1/4 and 1/2).
+        decay: what it is multiplied by (with few shots 0.3).
+        batch_size: a rest that does not fill a batch is left out, since BatchNorm needs several images.
+        dropout: of the features in training.
         layers: of FiLM, see :func:`peftref.continual.core.film.inject_film`.
         seed: of the head, the order and the dropout; the global generator is left as it was.
         after: called after each epoch with its number, from 0, and the mean loss.
@@ -128,19 +151,16 @@ def first_session(
     if body != "none" and len(classes) > 1:
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
             torch.manual_seed(seed)
-            if body == "film":
-                inject_film(model, layers)
-            trained = film_parameters(model.requires_grad_(False)) if body == "film" else list(model.parameters())
-            for p in trained:
-                p.requires_grad_()
+            trained = _trainable(model, body, layers)
             width = embed(model, x[:1]).shape[1]
             head = nn.Linear(width, len(classes), device=x.device, dtype=trained[0].dtype)
             optimizer = torch.optim.Adam([*trained, *head.parameters()], lr)
-            steps = [step for share in milestones if (step := round(share * epochs))]
-            schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, steps, decay)
-            generator, losses = torch.Generator().manual_seed(seed), []
+            steps = [round(share * epochs) for share in milestones]
+            schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [step for step in steps if step], decay)
+            generator = torch.Generator().manual_seed(seed)
             model.train(body == "full")
             for epoch in range(epochs):
+                losses = []
                 for images, labels in batches(Split(x, codes), batch_size, drop_last=True, generator=generator):
                     # eq-fsa-first:  CE(U dropout(f(x)) + u, y)
                     loss = F.cross_entropy(head(F.dropout(embed(model, images), dropout)), labels)
@@ -150,7 +170,6 @@ def first_session(
                     losses.append(loss.detach())
                 schedule.step()
                 mean = float(torch.stack(losses).mean())
-                losses.clear()
                 if not math.isfinite(mean):
                     raise FloatingPointError(f"loss: expected a finite number, got {mean} in epoch {epoch}; lower lr")
                 if after is not None:
@@ -163,37 +182,56 @@ def first_session(
 class FSA(nn.Module):
     """Adapt once, then observe session after session: ``adapt(x, y)``, ``observe(x, y)``, ``forward(x)``.
 
-    ``forward`` returns the logits of labels 0 to K - 1, minus infinity for a label not yet seen; ``predict`` returns
-    labels, which may be any integers. The body is in eval mode whatever ``train()`` is called with.
+    The logits are phi.w_c + b_c of the features phi = f(x) of the adapted body, with w_c = S^-1 mu_c and
+    b_c = -mu_c.w_c / 2. ``forward`` returns those of labels 0 to K - 1, minus infinity for a label not yet seen;
+    ``predict`` returns labels, which may be any integers. The body is in eval mode whatever ``train()`` is called with.
 
     Args:
         model: pre-trained body, see :func:`embed`; copied, never changed.
-        body: see :func:`first_session`, as are ``training``.
-        scatter, ridge, ridge_rel, prior: see :func:`peftref.continual.core.lda.discriminant`.
+        body: what the first session adapts: "full", "film" or "none", see :func:`first_session`.
+        scatter: "total" or "within", see :func:`peftref.continual.core.lda.discriminant`.
+        ridge: absolute ridge of the head.
+        ridge_rel: ridge of the head as a share of the mean variance.
+        prior: None (uniform) or "empirical".
         num_classes: K of ``forward``; default: the largest label seen, plus one.
         chunk: images of a forward pass when nothing is trained.
         training: further settings of :func:`first_session`.
     """
 
     def __init__(
-        self, model: nn.Module, body: str = "full", *, scatter: str = "total", ridge: float = 1.0,
-        ridge_rel: float = 0.0, prior: str | None = None, num_classes: int | None = None, chunk: int = 500,
+        self,
+        model: nn.Module,
+        body: str = "full",
+        *,
+        scatter: str = "total",
+        ridge: float = 1.0,
+        ridge_rel: float = 0.0,
+        prior: str | None = None,
+        num_classes: int | None = None,
+        chunk: int = 500,
         **training: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         _check(body)
         self.head = LDA(scatter, ridge, ridge_rel, prior).eval()
         self.body = copy.deepcopy(model).eval().requires_grad_(False)
-        self.kind, self.num_classes, self.chunk, self.settings = body, num_classes, chunk, training
+        self.kind = body
+        self.num_classes = num_classes
+        self.chunk = chunk
+        self.settings = training
         self.training = False
 
     def train(self, mode: bool = True) -> FSA:
         return self  # see the class docstring
 
     def adapt(self, x: Tensor, y: Tensor) -> FSA:
-        """Tune the body on the first session; to be observed afterwards, like every other.
+        """Tune the body on the first session, which is to be observed afterwards like every other.
+
+        Args:
+            x: images of the first session.
+            y: their labels.
 
         Raises:
             RuntimeError: something was observed: its moments are of the features as they were.
@@ -204,17 +242,23 @@ class FSA(nn.Module):
         return self
 
     def observe(self, x: Tensor, y: Tensor) -> FSA:
-        """Add the samples of a session, or of a part of one, to the moments of the head."""
+        """Add the samples of a session, or of a part of one, to the moments of the head.
+
+        Args:
+            x: images, of old or new classes.
+            y: their labels.
+        """
         self.head.partial_fit(self.features(x), y)
         return self
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
-        """``(N, ...) -> (N, d)``, in chunks."""
+        """Features of the body, ``(N, ...) -> (N, d)``, in chunks."""
         return torch.cat([embed(self.body, part) for part in x.split(self.chunk)])
 
     def forward(self, x: Tensor) -> Tensor:
-        z, classes = self.head(self.features(x)), self.head.classes_
+        z = self.head(self.features(x))
+        classes = self.head.classes_
         k = int(classes[-1]) + 1 if self.num_classes is None else self.num_classes
         if classes[0] < 0 or classes[-1] >= k:
             raise ValueError(f"labels: expected them in [0, {k}) for logits, got {classes.tolist()}; use predict")
@@ -222,18 +266,23 @@ class FSA(nn.Module):
         return logits
 
     def predict(self, x: Tensor) -> Tensor:
-        """Labels, ``(N, ...) -> (N,)``."""
+        """Labels of the largest logits, ``(N, ...) -> (N,)``."""
         return self.head.predict(self.features(x))
 
 
+def _trainable(model: nn.Module, body: str, layers: str | Sequence[str] | None) -> list[nn.Parameter]:
+    """Parameters that the first session moves, the only ones that then require a gradient."""
+    model.requires_grad_(body == "full")
+    if body == "full":
+        return list(model.parameters())
+    inject_film(model, layers)
+    return film_parameters(model)
+
+
 def _check(body: str, lr: float = 1.0, epochs: int = 1, decay: float = 1.0, dropout: float = 0.0) -> None:
-    if body not in BODIES:
-        raise ValueError(f"body: expected one of {BODIES}, got {body!r}")
-    if not 0 < lr < math.inf:
-        raise ValueError(f"lr: expected a positive number, got {lr!r}")
-    if not isinstance(epochs, int) or epochs < 0:
-        raise ValueError(f"epochs: expected an integer >= 0, got {epochs!r}")
-    if not 0 < decay <= 1:
-        raise ValueError(f"decay: expected a number in (0, 1], got {decay!r}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: expected a number in [0, 1), got {dropout!r}")
+    one_of("body", body, BODIES)
+    number("lr", lr, 0.0, open_low=True)
+    integer("epochs", epochs, 0)
+    number("decay", decay, 0.0, 1.0, open_low=True)
+    if number("dropout", dropout, 0.0, 1.0) == 1:
+        raise ValueError("dropout: expected a number in [0, 1), got 1")

@@ -1,4 +1,4 @@
-r"""FiLM: two numbers per channel after each normalisation layer, and nothing else, are trained.
+r"""FiLM: one scale and one shift per channel after each normalisation layer, and nothing else, are trained.
 
 Perez, Strub, de Vries, Dumoulin, Courville, "FiLM: Visual Reasoning with a General Conditioning Layer", AAAI 2018,
 arXiv 1709.07871; used as an adapter of a frozen body by FSA-FiLM (see :mod:`peftref.continual.fsa`). Per channel c
@@ -37,18 +37,20 @@ __all__ = ["EFFICIENTNET", "FiLM", "film_parameters", "inject_film", "merge_film
 
 NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
-#: Where FSA-FiLM has its layers in timm's EfficientNets: after the stem, every depthwise convolution, and the head.
+#: Where FSA-FiLM has its layers in timm's EfficientNets: after the stem, every depthwise convolution, and the head
+#: (``aresPanos/fsa@e151d896:src/cnn/efficientnet.py``).
 EFFICIENTNET = r"(?:model\.)*(?:bn[12]|blocks\.0\.\d+\.bn1|blocks\.[1-9]\.\d+\.bn2)"
 
 
 class FiLM(nn.Module):
-    """A normalisation layer followed by scale and shift of each channel; the identity at first.
+    """A normalisation layer followed by h_c <- gamma_c h_c + beta_c in each channel c; the identity at first.
 
     Args:
         norm: with a weight and a bias; called as it is, in whichever mode it is in.
 
     Raises:
-        TypeError, ValueError: not a BatchNorm, GroupNorm or LayerNorm, or one without weight and bias.
+        TypeError: not a BatchNorm, GroupNorm or LayerNorm.
+        ValueError: a layer without weight and bias.
     """
 
     def __init__(self, norm: nn.Module) -> None:
@@ -58,10 +60,11 @@ class FiLM(nn.Module):
         if norm.weight is None or norm.bias is None:
             raise ValueError("norm: expected a layer with weight and bias, got one without")
         self.norm = norm
-        self.gamma, self.beta = nn.Parameter(torch.ones_like(norm.weight)), nn.Parameter(torch.zeros_like(norm.bias))
+        self.gamma = nn.Parameter(torch.ones_like(norm.weight))
+        self.beta = nn.Parameter(torch.zeros_like(norm.bias))
 
     def folded(self) -> dict[str, Tensor]:
-        """Weight and bias of the one affine map."""
+        """Weight gamma w and bias gamma b + beta of the one affine map (eq-fsa-fold)."""
         # eq-fsa-film, eq-fsa-fold:  gamma (w x + b) + beta = (gamma w) x + (gamma b + beta)
         return {"weight": self.gamma * self.norm.weight, "bias": self.gamma * self.norm.bias + self.beta}
 
@@ -90,8 +93,10 @@ def inject_film(model: nn.Module, layers: str | Iterable[str] | None = None) -> 
     affine = [name for name, m in norms.items() if m.weight is not None and m.bias is not None]
     if layers is None:
         names = affine
+    elif isinstance(layers, str):
+        names = [name for name in norms if re.fullmatch(layers, name)]
     else:
-        names = [n for n in norms if re.fullmatch(layers, n)] if isinstance(layers, str) else list(layers)
+        names = list(layers)
     if not names or set(names) - set(affine) or "" in names:
         raise ValueError(f"layers: expected names of normalisation layers with weight and bias, {affine}, got {layers}")
     _swap(model, {norms[name]: FiLM(norms[name]) for name in names})

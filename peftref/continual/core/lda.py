@@ -31,10 +31,16 @@ argument                         here                           official code   
 ``prior``                        :math:`\pi`                    none                   --
 ===============================  =============================  =====================  ==========
 
-Differs from the official code (aresPanos/fsa), which collects the features of all sessions and fits anew: moments
-instead; they are *centred* ones in float64, as raw second moments lose all digits when means are large; classes not
-yet seen have no logit (there a logit of 0, which wins whenever all others are negative); the bias is what is added
-(there twice that, to be halved by whoever uses it); the ridge may be relative, and then nothing depends on the scale.
+Differs from the official code, `aresPanos/fsa@e151d896
+<https://github.com/aresPanos/fsa/tree/e151d896657246733da62f6ba552b4c23485cd28>`_:
+
+- It collects the features of all sessions and fits anew (``src/methods/cil_trainer.py#L101-L123``); here moments are
+  merged. They are *centred* and in float64, as raw second moments lose all digits when means are large.
+- Its classes without samples keep a column of zeros (``src/utils.py#L115``), so a logit of 0, which wins whenever all
+  others are negative; here they have a bias of minus infinity.
+- Its bias is :math:`\mu_c^\top w_c` (``src/utils.py#L123``), halved where it is used
+  (``src/methods/cil_trainer.py#L268``); here the bias is what is added.
+- Its ridge is 1 (``src/utils.py#L112``); here it may also be relative, and then nothing depends on the scale.
 
 >>> import torch
 >>> phi, y = torch.tensor([[0.0, 0.0], [2.0, 0.0], [10.0, 1.0], [12.0, 1.0]]), torch.tensor([7, 7, 3, 3])
@@ -56,20 +62,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..._checks import number, one_of
+
 __all__ = ["LDA", "Moments", "discriminant", "merge", "moments"]
 
-SCATTERS, PRIORS = ("total", "within"), (None, "empirical")
+SCATTERS = ("total", "within")
+PRIORS = (None, "empirical")
 
 
 class Moments(NamedTuple):
-    """All that is kept of the features of K classes; float64. A class without samples has count and mean 0."""
+    """All that is kept of the features of K classes: counts n_c, means mu_c, and W, the scatter within classes.
+
+    In float64. A class without samples has count and mean 0.
+    """
 
     counts: Tensor  # (K,)
     means: Tensor  # (K, d)
     within: Tensor  # (d, d)
 
     def total(self) -> Tensor:
-        """Scatter of all features around their common mean, ``(d, d)``."""
+        """Scatter of all features around their common mean, T = W + sum_c n_c (mu_c - mu)(mu_c - mu)^T, ``(d, d)``."""
         mean = self.counts @ self.means / self.counts.sum()
         # eq-fsa-total:  T = W + sum_c n_c (mu_c - mu)(mu_c - mu)^T
         between = self.counts.sqrt()[:, None] * (self.means - mean)
@@ -77,7 +89,13 @@ class Moments(NamedTuple):
 
 
 def moments(features: Tensor, codes: Tensor, classes: int) -> Moments:
-    """Moments (eq-fsa-moments) of one set of features, ``(N, d)`` with classes 0 to K - 1, ``(N,)``."""
+    """Moments of one set of features, W = sum_i (phi_i - mu_{y_i})(phi_i - mu_{y_i})^T (eq-fsa-moments).
+
+    Args:
+        features: ``(N, d)``.
+        codes: class of each, 0 to K - 1, ``(N,)``.
+        classes: K.
+    """
     x = features.double()
     counts = torch.bincount(codes, minlength=classes).to(x)
     sums = x.new_zeros(classes, x.shape[1]).index_add_(0, codes, x)  # (K, d); N d additions, where Y^T X has N d K
@@ -88,7 +106,17 @@ def moments(features: Tensor, codes: Tensor, classes: int) -> Moments:
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Moments of the union of two disjoint sets of samples over the same classes."""
+    """Moments of the union of two disjoint sets of samples over the same classes (eq-fsa-merge).
+
+    W = W_a + W_b + sum_c (n_a n_b / (n_a + n_b)) (mu_a - mu_b)(mu_a - mu_b)^T.
+
+    Args:
+        a: of the one set.
+        b: of the other.
+
+    Raises:
+        ValueError: other numbers of classes or features.
+    """
     if a.means.shape != b.means.shape:
         raise ValueError(f"b: expected means of shape {tuple(a.means.shape)}, as in a, got {tuple(b.means.shape)}")
     counts = a.counts + b.counts
@@ -102,7 +130,7 @@ def merge(a: Moments, b: Moments) -> Moments:
 def discriminant(
     m: Moments, scatter: str = "total", ridge: float = 1.0, ridge_rel: float = 0.0, prior: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    r"""Weights ``(K, d)`` and additive biases ``(K,)`` of the logits (eq-fsa-logits).
+    r"""Weights ``(K, d)`` and biases ``(K,)``: w_c = S^-1 mu_c, b_c = -mu_c.w_c / 2 + log pi_c (eq-fsa-logits).
 
     Args:
         m: of one sample or more.
@@ -115,7 +143,9 @@ def discriminant(
         ValueError: bad settings, no samples, or a covariance that is singular and has no ridge.
     """
     _check(scatter, ridge, ridge_rel, prior)
-    n, d, seen = m.counts.sum(), m.within.shape[0], m.counts > 0
+    n = m.counts.sum()
+    d = m.within.shape[0]
+    seen = m.counts > 0
     if not seen.any():
         raise ValueError("moments: expected those of one sample or more, got none")
     # eq-fsa-covariance:  S = T/(n - 1) or W/(n - K);  of a single sample, or one for each class, it is 0
@@ -136,11 +166,16 @@ def discriminant(
 class LDA(nn.Module):
     """Discriminant head in the manner of scikit-learn: ``partial_fit(features, labels)``, ``predict(features)``.
 
+    The logits are z_c = phi.w_c + b_c with w_c = S^-1 mu_c and b_c = -mu_c.w_c / 2 + log pi_c.
+
     The weights are computed when they are first asked for, and kept until something new was learned. All of its state
     is in ``state_dict()``, which loads into a head of any size. Statistics stay in float64 under ``.half()``.
 
     Args:
-        scatter, ridge, ridge_rel, prior: see :func:`discriminant`, which fits the same ``moments`` with others.
+        scatter: "total" or "within", see :func:`discriminant`.
+        ridge: absolute, in squared units of the features.
+        ridge_rel: as a share of the mean variance.
+        prior: None (uniform) or "empirical".
 
     Attributes:
         classes_: the labels seen, sorted, ``(K,)``; row c of ``coef_`` belongs to ``classes_[c]``.
@@ -164,7 +199,7 @@ class LDA(nn.Module):
 
     @property
     def moments(self) -> Moments:
-        """Of all samples so far, classes in the order of ``classes_``."""
+        """Moments of all samples so far, classes in the order of ``classes_``."""
         return Moments(self.counts, self.means, self.within)
 
     @torch.no_grad()
@@ -188,8 +223,8 @@ class LDA(nn.Module):
             raise ValueError(f"features: expected finite numbers, got {broken} rows of {len(x)} that have others")
         with torch.inference_mode(False):  # what is kept must serve outside of inference mode too
             old = self.classes_.to(x.device)
-            classes, codes = torch.cat([old, y.long()]).unique(return_inverse=True)
-            places, codes = codes[: len(old)], codes[len(old) :]
+            classes, joint = torch.cat([old, y.long()]).unique(return_inverse=True)
+            places, codes = joint.tensor_split([len(old)])
             known = Moments(
                 x.new_zeros(len(classes), dtype=torch.float64).index_copy_(0, places, self.counts.to(x.device)),
                 x.new_zeros(len(classes), x.shape[1], dtype=torch.float64),
@@ -234,13 +269,17 @@ class LDA(nn.Module):
         if not isinstance(features, Tensor) or not features.is_floating_point():
             got = features.dtype if isinstance(features, Tensor) else type(features).__name__
             raise TypeError(f"features: expected a floating-point tensor (N, d), got {got}")
-        d = self.means.shape[1] if len(self.classes_) else features.shape[-1] if features.ndim else 0
+        d = features.shape[-1] if features.ndim else 0
+        if len(self.classes_):
+            d = self.means.shape[1]
         if features.ndim != 2 or features.shape[1] != d or d == 0:
             raise ValueError(f"features: expected shape (N, {d or 'd'}), got {tuple(features.shape)}")
         return features
 
     def _set(self, classes: Tensor, m: Moments) -> None:
-        self.classes_, (self.counts, self.means, self.within), self._fitted = classes, m, None
+        self.classes_ = classes
+        self.counts, self.means, self.within = m
+        self._fitted = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LDA:
         # .to(), .cuda(), .half() ...: the device changes, never the precision
@@ -263,10 +302,7 @@ class LDA(nn.Module):
 
 
 def _check(scatter: str, ridge: float, ridge_rel: float, prior: str | None) -> None:
-    if scatter not in SCATTERS:
-        raise ValueError(f"scatter: expected one of {SCATTERS}, got {scatter!r}")
-    if prior not in PRIORS:
-        raise ValueError(f"prior: expected one of {PRIORS}, got {prior!r}")
-    for name, value in (("ridge", ridge), ("ridge_rel", ridge_rel)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name}: expected a number in [0, inf), got {value!r}")
+    one_of("scatter", scatter, SCATTERS)
+    one_of("prior", prior, PRIORS)
+    number("ridge", ridge, 0.0)
+    number("ridge_rel", ridge_rel, 0.0)
