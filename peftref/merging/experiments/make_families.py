@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from peftref._replacing import replacing
 from peftref.data import Split, load
+from peftref.fitting import fit
 from peftref.merging.experiments.corrupted import DOMAINS, Corrupting, accuracy, corrupted, deal
 from peftref.models.cnn import PlainCNN, SmallCNN
-from peftref.fitting import fit
 
 FAMILIES: dict[str, tuple[type[nn.Module], range, list[str]]] = {
     "plain": (PlainCNN, range(5), [*DOMAINS]),
