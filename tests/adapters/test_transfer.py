@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from peftref.adapters.baselines.lora import LoRA
 from peftref.adapters.core.injection import adapters, inject
-from peftref.adapters.experiments.at_scale import Enlarged, held_out, run_at_scale
+from peftref.adapters.experiments.at_scale import held_out, run_at_scale
 from peftref.adapters.experiments.transfer import (
     LINEARS,
     SHIFTS,
@@ -26,6 +26,7 @@ from peftref.adapters.experiments.transfer import (
     trainable,
     update_rank,
 )
+from peftref.at_scale import Resized
 from peftref.data import load
 from peftref.fitting import accuracy, best_rate, minimise, train
 from peftref.models import from_timm
@@ -142,8 +143,8 @@ def test_enlarged_network_is_timms_on_enlarged_images() -> None:
     net = from_timm("vit_tiny_patch16_224", num_classes=3, img_size=32)
     x = torch.rand(2, 1, 8, 8)
     big = F.interpolate(x.expand(-1, 3, -1, -1), (32, 32), mode="bicubic").clamp(0, 1)
-    assert_close(Enlarged(net, 32)(x), net(big))
-    assert Enlarged(net, 32).head is net.model.head
+    assert_close(Resized(net, 32)(x), net(big))
+    assert Resized(net, 32).head is net.model.head
 
 
 def test_held_out_images_are_the_rest() -> None:
