@@ -74,6 +74,7 @@ from .core.lda import LDA
 __all__ = ["FSA", "cosine_distance", "embed", "first_session"]
 
 BODIES = ("full", "film", "none")
+STATISTICS = ("batch", "source")
 
 
 def cosine_distance(features: Tensor) -> Tensor:
@@ -115,6 +116,7 @@ def first_session(
     decay: float = 0.7,
     batch_size: int = 256,
     dropout: float = 0.5,
+    statistics: str = "batch",
     layers: str | Sequence[str] | None = None,
     seed: int = 0,
     after: Callable[[int, float], object] | None = None,
@@ -127,14 +129,15 @@ def first_session(
         model: body, see :func:`embed`; never changed.
         x: images of the first session.
         y: their labels, any integers; of one class, nothing is trained.
-        body: ``"full"``: every parameter, BatchNorm by the statistics of the batch; ``"film"``: FiLM alone, all else
-            in eval mode; ``"none"``: nothing.
+        body: ``"full"``: every parameter; ``"film"``: FiLM alone, all else in eval mode; ``"none"``: nothing.
         lr: of Adam, for body and temporary head alike.
         epochs: passes over the images.
         milestones: shares of the epochs after which the rate is multiplied (with few shots 1/8, 1/4 and 1/2).
         decay: what it is multiplied by (with few shots 0.3).
         batch_size: a rest that does not fill a batch is left out, since BatchNorm needs several images.
         dropout: of the features in training.
+        statistics: of BatchNorm while the full body is trained: ``"batch"`` (train mode, as in the official code) or
+            ``"source"`` (eval mode, as with FiLM), which is safer for batches of few or small images.
         layers: of FiLM, see :func:`peftref.continual.core.film.inject_film`.
         seed: of the head, the order and the dropout; the global generator is left as it was.
         after: called after each epoch with its number, from 0, and the mean loss.
@@ -143,7 +146,7 @@ def first_session(
         ValueError: bad settings, or images and labels that do not match.
         FloatingPointError: the loss is not finite.
     """
-    _check(body, lr, epochs, decay, dropout)
+    _check(body, lr, epochs, decay, dropout, statistics)
     if len(x) != len(y) or not len(y):
         raise ValueError(f"x, y: expected equal, positive numbers of images and labels, got {len(x)} and {len(y)}")
     model = copy.deepcopy(model).eval()
@@ -158,7 +161,7 @@ def first_session(
             steps = [round(share * epochs) for share in milestones]
             schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [step for step in steps if step], decay)
             generator = torch.Generator().manual_seed(seed)
-            model.train(body == "full")
+            model.train(body == "full" and statistics == "batch")
             for epoch in range(epochs):
                 losses = []
                 for images, labels in batches(Split(x, codes), batch_size, drop_last=True, generator=generator):
@@ -279,8 +282,11 @@ def _trainable(model: nn.Module, body: str, layers: str | Sequence[str] | None) 
     return film_parameters(model)
 
 
-def _check(body: str, lr: float = 1.0, epochs: int = 1, decay: float = 1.0, dropout: float = 0.0) -> None:
+def _check(
+    body: str, lr: float = 1.0, epochs: int = 1, decay: float = 1.0, dropout: float = 0.0, statistics: str = "batch"
+) -> None:
     one_of("body", body, BODIES)
+    one_of("statistics", statistics, STATISTICS)
     number("lr", lr, 0.0, open_low=True)
     integer("epochs", epochs, 0)
     number("decay", decay, 0.0, 1.0, open_low=True)

@@ -35,7 +35,8 @@ there they get zero gradients; the offline copy is float32 at least, or :math:`1
 
 >>> from peftref.adapters.core.injection import inject
 >>> from peftref.continual.core.small_modules import KVLoRA
->>> from peftref.continual.core.streams import batches, class_incremental
+>>> from peftref.continual.core.streams import class_incremental
+>>> from peftref.fitting import batches
 >>> from peftref.data import load
 >>> from peftref.models.vit import pretrained_vit
 >>> net, tasks = pretrained_vit(), class_incremental(load("mnist5k"), 5, per_class=24)

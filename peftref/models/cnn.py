@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-__all__ = ["Normalised", "PlainCNN", "SmallCNN", "fit", "from_timm", "pretrained", "predict"]
+__all__ = ["Normalised", "PlainCNN", "SmallCNN", "from_timm", "pretrained"]
 
 SEEDS = (0, 1, 2)  # source networks shipped for each dataset
 
@@ -122,50 +121,6 @@ class Normalised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
-
-
-def fit(
-    model: nn.Module, x: Tensor, y: Tensor, epochs: int = 10, lr: float = 3e-3, batch_size: int = 100, seed: int = 0
-) -> nn.Module:
-    """Train ``model`` in place by cross-entropy: AdamW, one-cycle learning rate, images shifted by up to two pixels.
-
-    Args:
-        x, y: images (N, C, H, W) in [0, 1] and classes (N,).
-        lr: peak of the one-cycle schedule.
-        seed: of the order of the batches and of the shifts.
-
-    Returns:
-        ``model`` in eval mode.
-    """
-    if not y.ndim or len(x) != len(y) or len(x) == 0:
-        n = len(y) if y.ndim else "one number"
-        raise ValueError(f"x, y: expected equal, positive numbers of images and classes, got {len(x)} and {n}")
-    if y.ndim != 1 or y.is_floating_point() or y.min() < 0:
-        raise ValueError(f"y: expected integers from 0 on, (N,), got {y.dtype} {tuple(y.shape)} from {y.min()} on")
-    if epochs < 1 or batch_size < 1:
-        raise ValueError(f"epochs, batch_size: expected at least 1 of each, got {epochs} and {batch_size}")
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
-    steps = epochs * -(-len(x) // batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    model.train()
-    for _ in range(epochs):
-        for i in torch.randperm(len(x), generator=generator).split(batch_size):
-            dy, dx = torch.randint(-2, 3, (2,), generator=generator).tolist()
-            batch = F.pad(x[i], (2, 2, 2, 2))[..., 2 + dy : 2 + dy + x.shape[-2], 2 + dx : 2 + dx + x.shape[-1]]
-            F.cross_entropy(model(batch), y[i]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-    return model.eval()
-
-
-@torch.inference_mode()
-def predict(model: nn.Module, x: Tensor, batch_size: int = 1000) -> Tensor:
-    """Logits of all images ``x``, batch by batch: ``(N, ...) -> (N, K)``. Uses the model in the mode it is in."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    return torch.cat([model(b) for b in x.split(batch_size)])
 
 
 def pretrained(name: str, seed: int = 0) -> SmallCNN:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from peftref._replacing import replacing
 from peftref.data import load
-from peftref.models.cnn import fit, predict
+from peftref.fitting import fit, predict
 from peftref.models.vit import ViT
 
 EPOCHS, RATE, SEED = 60, 1e-3, 0

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.testing import assert_close
 
 from peftref.data import load
-from peftref.models import predict
+from peftref.fitting import predict
 from peftref.models.vit import ViT, pretrained_vit
 from peftref.weights import make_vit
 

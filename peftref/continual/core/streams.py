@@ -14,13 +14,14 @@ the task t with ``k in tasks[t].classes``, and :func:`task_of` is that map as a 
 [range(0, 4), range(4, 6), range(6, 8), range(8, 10)]
 >>> task_of(tasks)
 tensor([0, 0, 0, 0, 1, 1, 2, 2, 3, 3])
+>>> from peftref.fitting import batches
 >>> [len(y) for x, y in batches(tasks[1].train, 100, generator=torch.Generator().manual_seed(0))]
 [100, 100, 91]
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from ...data import Dataset, Split
 
-__all__ = ["Task", "batches", "class_incremental", "domain_incremental", "task_of"]
+__all__ = ["Task", "class_incremental", "domain_incremental", "task_of"]
 
 
 class Task(NamedTuple):
@@ -111,38 +112,6 @@ def task_of(tasks: Sequence[Task]) -> Tensor:
         for k in task.classes:
             owner.setdefault(k, t)
     return torch.tensor([owner[k] for k in sorted(owner)])
-
-
-def batches(
-    split: Split, batch_size: int, *, epochs: int = 1, drop_last: bool = False, generator: torch.Generator
-) -> Iterator[Split]:
-    """Batches in a new random order in each epoch. One epoch is the *online* setting: every image is seen once.
-
-    Args:
-        drop_last: leave out what does not fill a batch, as long as an epoch keeps at least one.
-        generator: on the CPU, of the order.
-
-    Raises:
-        ValueError: a number out of range; at the call, not when the first batch is asked for.
-    """
-    check_batches(batch_size, epochs)
-    n = len(split.y)
-    if len(split.x) != n:
-        raise ValueError(f"split: expected as many images as labels, got {len(split.x)} and {n}")
-    end = n - n % batch_size if drop_last and n >= batch_size else n
-
-    def each() -> Iterator[Split]:
-        for _ in range(epochs):
-            for i in torch.randperm(n, generator=generator)[:end].split(batch_size):
-                i = i.to(split.y.device)
-                yield Split(split.x[i], split.y[i])
-
-    return each()
-
-
-def check_batches(batch_size: int, epochs: int) -> None:
-    if not isinstance(batch_size, int) or not isinstance(epochs, int) or batch_size < 1 or epochs < 0:
-        raise ValueError(f"batch_size, epochs: expected at least 1 and 0, got {batch_size!r} and {epochs!r}")
 
 
 def _split(
