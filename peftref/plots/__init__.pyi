@@ -14,6 +14,7 @@ from .house import PALETTE as PALETTE
 from .house import Plot as Plot
 from .house import png as png
 from .house import style as style
+from .seeds import dots as dots
 from .tradeoffs import tradeoff as tradeoff
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "bars",
     "boxes",
     "diagram",
+    "dots",
     "graph",
     "images",
     "lines",
