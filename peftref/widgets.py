@@ -59,9 +59,13 @@ class Explorer:
 
 
 def explore(
-    fn: Callable[..., Figure | str], *, alt: str | Callable[..., str], labels: Mapping[str, str],
-    start: Mapping[str, Any] | None = None, **grid: Sequence[Any],
-) -> Explorer:  # fmt: skip
+    fn: Callable[..., Figure | str],
+    *,
+    alt: str | Callable[..., str],
+    labels: Mapping[str, str],
+    start: Mapping[str, Any] | None = None,
+    **grid: Sequence[Any],
+) -> Explorer:
     """A figure whose parameters the reader moves.
 
     Args:
@@ -82,7 +86,8 @@ def explore(
     if unknown := {name: value for name, value in first.items() if value not in grid.get(name, ())}:
         raise ValueError(f"start: expected values of the grid {grid}, got {unknown}")
 
-    frames, size = {}, 0
+    frames = {}
+    size = 0
     for values in product(*grid.values()):
         point = dict(zip(grid, values, strict=True))
         words = ", ".join(f"{labels[name]} = {value}" for name, value in point.items())

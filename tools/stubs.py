@@ -21,7 +21,7 @@ SHARED = ("data", "models", "plots")  # packages that belong to no part
 # Modules that a package shows by themselves: ``from peftref.data import streams``.
 MODULES = {"data": ("corruptions", "orders", "streams")}
 SLUGS = {method.slug for method in METHODS}
-HEAD = "# Written by `python -m tools.stubs` from the `__all__` of the modules.\n"
+HEAD = "# ruff: noqa: I001\n# Written by `python -m tools.stubs` from the `__all__` of the modules.\n"
 
 
 def packages(root: Path = ROOT) -> list[Path]:

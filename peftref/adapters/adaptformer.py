@@ -64,9 +64,14 @@ __all__ = ["AdaptFormer", "branch", "dead_share", "head"]
 
 
 def branch(
-    u: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, scale: float | Tensor = 1.0,
+    u: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    up: Tensor,
+    up_bias: Tensor,
+    scale: float | Tensor = 1.0,
     dropout: float = 0.0,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The bottleneck on each row: ``(..., d) -> (..., d)`` (eq-adaptformer-branch).
 
     >>> u, down, up = torch.tensor([[1.0, -2.0]]), torch.eye(2), torch.tensor([[1.0, 5.0], [3.0, 7.0]])
@@ -109,9 +114,16 @@ class AdaptFormer(Adapter):
     any_module = True
 
     def __init__(
-        self, base: Layer, bottleneck: int = 64, scale: float = 0.1, dropout: float = 0.1,
-        placement: str = "parallel", layernorm: bool = False, learn_scale: bool = False, tap: str = "norm2",
-    ) -> None:  # fmt: skip
+        self,
+        base: Layer,
+        bottleneck: int = 64,
+        scale: float = 0.1,
+        dropout: float = 0.1,
+        placement: str = "parallel",
+        layernorm: bool = False,
+        learn_scale: bool = False,
+        tap: str = "norm2",
+    ) -> None:
         super().__init__()
         if isinstance(bottleneck, bool) or not isinstance(bottleneck, int) or bottleneck < 1:
             raise ValueError(f"bottleneck: expected a positive integer, got {bottleneck!r}")
@@ -125,10 +137,16 @@ class AdaptFormer(Adapter):
         if tap not in children:
             raise ValueError(f"tap: expected a child of the block, one of {list(children)}, got {tap!r}")
         d = width(children[tap])
-        self.bottleneck, self.scale, self.dropout, self.placement = bottleneck, scale, dropout, placement
-        self.layernorm, self.learn_scale, self.tap = layernorm, learn_scale, tap
+        self.bottleneck = bottleneck
+        self.scale = scale
+        self.dropout = dropout
+        self.placement = placement
+        self.layernorm = layernorm
+        self.learn_scale = learn_scale
+        self.tap = tap
         self.norm = nn.LayerNorm(d) if layernorm else nn.Identity()  # eps 1e-5, where timm's blocks have 1e-6
-        self.down_proj, self.up_proj = nn.Linear(d, bottleneck), nn.Linear(bottleneck, d)
+        self.down_proj = nn.Linear(d, bottleneck)
+        self.up_proj = nn.Linear(bottleneck, d)
         self.s = nn.Parameter(torch.tensor([float(scale)])) if learn_scale else scale
         for zero in (self.down_proj.bias, self.up_proj.weight, self.up_proj.bias):  # W_d: as Linear draws it
             nn.init.zeros_(zero)
@@ -137,7 +155,8 @@ class AdaptFormer(Adapter):
         # eq-adaptformer-parallel:    x' + z + f(x'), where x' is what the tap hears and y0 = x' + z
         # eq-adaptformer-sequential:  x' + z + f(z),  z = y0 - x'
         u = x if self.placement == "parallel" else y0 - x
-        down, up = self.down_proj, self.up_proj
+        down = self.down_proj
+        up = self.up_proj
         dropout = self.dropout if self.training else 0.0
         return branch(self.norm(u), down.weight, down.bias, up.weight, up.bias, self.s, dropout)
 
@@ -151,7 +170,8 @@ def dead_share(model: nn.Module, x: Tensor, name: str = "default") -> dict[str, 
     Raises:
         ValueError: no adapter of that name, it is not active, or it is no AdaptFormer.
     """
-    given, shares = adapters(model, name), {}
+    given = adapters(model, name)
+    shares = {}
     found = {n: a for n, a in given.items() if isinstance(a, AdaptFormer)}
     if wrong := [n for n in given if n not in found]:
         raise ValueError(f"name: expected an AdaptFormer, got another adapter on {wrong}")

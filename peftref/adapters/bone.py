@@ -103,7 +103,8 @@ def pool(x: Tensor, r: int) -> Tensor:
     """What S lets through, the sums of every r-th input: ``(..., i) -> (..., r)``."""
     shards, rest = divmod(x.shape[-1], r)
     if rest:  # zeros fill the last shard up
-        x, shards = F.pad(x, (0, r - rest)), shards + 1
+        x = F.pad(x, (0, r - rest))
+        shards = shards + 1
     # eq-bone-pooled:  (x S^T)_k = x_k + x_{k + r} + ...
     cut: Tensor = x.unflatten(-1, (shards, r))
     return cut.sum(-2)
@@ -136,7 +137,8 @@ class Bone(Adapter):
 
     def __init__(self, base: Layer, r: int = 64, variant: str = "bat", mini_r: int = 1) -> None:
         super().__init__()
-        o, i = base.out_features, base.in_features
+        o = base.out_features
+        i = base.in_features
         if variant not in VARIANTS:
             raise ValueError(f"variant: expected one of {list(VARIANTS)}, got {variant!r}")
         if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= i:
@@ -148,7 +150,9 @@ class Bone(Adapter):
             )
         if isinstance(mini_r, bool) or not isinstance(mini_r, int) or mini_r < 1 or variant == "mini" and o % mini_r:
             raise ValueError(f"mini_r: expected a divisor of {o}, the layer's outputs, got {mini_r!r}")
-        self.r, self.variant, self.mini_r = r, variant, mini_r
+        self.r = r
+        self.variant = variant
+        self.mini_r = mini_r
         shape = {"bat": (o // r, r, r), "bone": (r, o), "mini": (r, mini_r)}[variant]
         self.miss_block = nn.Parameter(torch.zeros(shape))
 
@@ -207,14 +211,17 @@ class _Bat(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, block = ctx.saved_tensors
-        weight, dx, dB = weight.to(block.dtype), None, None
+        weight = weight.to(block.dtype)
+        dx = None
+        dB = None
         if ctx.needs_input_grad[0]:
             dx = (grad @ _bat(weight, block, ctx.whole).to(grad.dtype)).to(x.dtype)
         if ctx.needs_input_grad[2]:
             groups, r, _ = block.shape
             flat_grad, flat_x = (t.reshape(-1, t.shape[-1]) for t in (grad, x))
             G = (flat_grad.mT @ flat_x.to(grad.dtype)).to(block.dtype)  # (o, i)
-            rows, of = weight.reshape(groups, -1, r), G.view(groups, -1, r)
+            rows = weight.reshape(groups, -1, r)
+            of = G.view(groups, -1, r)
             # eq-bone-gradient:  dB_a = sum_b W_ab^T G_ab + sum_b G_ab
             dB = torch.baddbmm(G.view(groups, r, -1, r).sum(2), rows.mT, of)
         return dx, None, dB, None, None

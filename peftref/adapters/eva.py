@@ -125,11 +125,21 @@ class Directions:
 
 
 def collect(
-    model: nn.Module, targets: str | Iterable[str], batches: Iterable[Any], *, r: int = 8, rho: float = 2.0,
-    exclude: str | Iterable[str] = (), max_batches: int = 64, route: str = "auto", center: bool = True,
-    tau: float = 0.99, subspace: bool = False, mask: Callable[[Any], Tensor | None] | None = token_mask,
+    model: nn.Module,
+    targets: str | Iterable[str],
+    batches: Iterable[Any],
+    *,
+    r: int = 8,
+    rho: float = 2.0,
+    exclude: str | Iterable[str] = (),
+    max_batches: int = 64,
+    route: str = "auto",
+    center: bool = True,
+    tau: float = 0.99,
+    subspace: bool = False,
+    mask: Callable[[Any], Tensor | None] | None = token_mask,
     forward: Callable[[nn.Module, Any], object] = run,
-) -> Directions:  # fmt: skip
+) -> Directions:
     """Run some batches through the model in eval mode, and find the directions and ranks of its layers' inputs.
 
     The model is left as it was, after an error too. Adapters that it has take part if they are active. Which layers
@@ -192,9 +202,17 @@ def collect(
 
 
 def inject_eva(
-    model: nn.Module, found: Directions, *, ranks: Mapping[str, int] | None = None, whiten: bool = False,
-    adjust: bool = True, lora_alpha: float = 8, name: str = "default", freeze: bool = True, **options: Any,
-) -> list[str]:  # fmt: skip
+    model: nn.Module,
+    found: Directions,
+    *,
+    ranks: Mapping[str, int] | None = None,
+    whiten: bool = False,
+    adjust: bool = True,
+    lora_alpha: float = 8,
+    name: str = "default",
+    freeze: bool = True,
+    **options: Any,
+) -> list[str]:
     """Put :class:`~peftref.adapters.baselines.lora.LoRA` with EVA's directions and ranks into the model, in place.
 
     Make the optimizer afterwards. A file of the adapter is LoRA's, with ``rank_pattern`` and ``alpha_pattern``.
@@ -223,8 +241,10 @@ def inject_eva(
         raise ValueError("ranks: expected at least one layer with a rank above 0, got none")
     power = 0.5 if options.get("use_rslora") else 1.0
     # eq-eva-alpha:  alpha_l = alpha r_l / r, so that alpha_l / r_l is the same everywhere
-    own = {n: {"r": q, "lora_alpha": lora_alpha * (q / found.r) ** power if adjust else lora_alpha}
-           for n, q in ranks.items()}  # fmt: skip
+    own = {
+        n: {"r": q, "lora_alpha": lora_alpha * (q / found.r) ** power if adjust else lora_alpha}
+        for n, q in ranks.items()
+    }
     new = build(model, LoRA, "|".join(map(re.escape, ranks)), per_layer=own, **options)
     for n, adapter in new.items():
         A = adapter.get_parameter("lora_A.weight")
@@ -243,7 +263,11 @@ class _Input:
     """The rows of one input, shared by its ``members``, on their way into a spectrum."""
 
     def __init__(self, members: list[str], k: int, route: str, center: bool) -> None:
-        self.members, self.leader, self.k, self.route, self.center = members, members[0], k, route, center
+        self.members = members
+        self.leader = members[0]
+        self.k = k
+        self.route = route
+        self.center = center
         self.moments: Moments | None = None
         self.state: Spectrum | None = None
         self.before: Spectrum | None = None
@@ -262,7 +286,8 @@ class _Input:
             self._absorb(route == "lowrank")
 
     def _absorb(self, lowrank: bool) -> None:
-        new, self.waiting = torch.cat(self.waiting), []
+        new = torch.cat(self.waiting)
+        self.waiting = []
         self.before = self.state
         self.state = absorb(self.state, new, self.k, center=self.center, lowrank=lowrank)
 

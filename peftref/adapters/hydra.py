@@ -107,8 +107,13 @@ class Hydra(Adapter):
             raise ValueError(f"scale: expected a finite number, got {scale!r}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected a number in [0, 1), got {dropout!r}")
-        self.r_par, self.r_seq, self.scale, self.bias, self.dropout = r_par, r_seq, scale, bias, dropout
-        o, i = base.out_features, base.in_features
+        self.r_par = r_par
+        self.r_seq = r_seq
+        self.scale = scale
+        self.bias = bias
+        self.dropout = dropout
+        o = base.out_features
+        i = base.in_features
         self.par_down = nn.Parameter(nn.init.xavier_uniform_(torch.empty(r_par, i))) if r_par else None
         self.seq_down = nn.Parameter(nn.init.xavier_uniform_(torch.empty(r_seq, o))) if r_seq else None
         self.up = nn.Parameter(torch.zeros(o, r_par + r_seq))
@@ -180,13 +185,16 @@ def save_as_lora(model: nn.Module, path: str | Path, name: str = "default") -> N
         TypeError: one that is no Hydra.
         RuntimeError: the model is merged; its frozen weights are needed.
     """
-    found, modules = adapters(model, name), modules_by_name(model)
+    found = adapters(model, name)
+    modules = modules_by_name(model)
     hydras = {n: a for n, a in found.items() if isinstance(a, Hydra)}
     if other := [n for n in found if n not in hydras]:
         raise TypeError(f"name: expected a Hydra, got {found[other[0]].kind} on {other[0]}")
     if any(getattr(modules[n], "merged", False) for n in found):
         raise RuntimeError("model: expected one that is not merged, got a merged one; unmerge it first")
-    tensors, ranks, bias = {}, {}, False
+    tensors = {}
+    ranks = {}
+    bias = False
     for n, adapter in hydras.items():
         A, B, db = as_lora(adapter, modules[n])
         base = view(frozen_module(modules[n]))
@@ -194,15 +202,23 @@ def save_as_lora(model: nn.Module, path: str | Path, name: str = "default") -> N
         tensors[f"{PREFIX}{n}.lora_A.weight"] = A.unflatten(1, base.window)
         tensors[f"{PREFIX}{n}.lora_B.weight"] = B.reshape(*B.shape, *ones)
         tensors[f"{PREFIX}{n}.lora_B.bias"] = torch.zeros(len(B)) if db is None else db
-        ranks[n], bias = len(A), bias or db is not None
+        ranks[n] = len(A)
+        bias = bias or db is not None
     if not bias:
         tensors = {key: t for key, t in tensors.items() if not key.endswith("lora_B.bias")}
     common = max(ranks.values(), key=list(ranks.values()).count)
     pattern = {"^" + re.escape(n): r for n, r in ranks.items() if r != common}
     spec: dict[str, Any] = {
-        "peft_type": "LORA", "r": common, "lora_alpha": common, "lora_bias": bias, "lora_dropout": 0.0,
-        "rank_pattern": pattern, "alpha_pattern": pattern, "use_rslora": False, "inference_mode": True,
+        "peft_type": "LORA",
+        "r": common,
+        "lora_alpha": common,
+        "lora_bias": bias,
+        "lora_dropout": 0.0,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "use_rslora": False,
+        "inference_mode": True,
         "target_modules": config(model, name)["target_modules"],
         "fan_in_fan_out": any(type(frozen_module(modules[n])).__name__ == "Conv1D" for n in found),
-    }  # fmt: skip
+    }
     _write(path, tensors, spec)

@@ -161,8 +161,9 @@ class _Network(nn.Module):
 
     core: Tensor
 
-    def __init__(self, seed: int, left: Sequence[tuple[int, int]], right: Sequence[tuple[int, int]], factors: str,
-                 saved: bool) -> None:  # fmt: skip
+    def __init__(
+        self, seed: int, left: Sequence[tuple[int, int]], right: Sequence[tuple[int, int]], factors: str, saved: bool
+    ) -> None:
         super().__init__()
         # Shapes do not share numbers. Torch's CPU generator reads 32 bits of a seed, so all goes into these.
         g = torch.Generator().manual_seed(zlib.crc32(repr((seed, tuple(left), tuple(right))).encode()))
@@ -179,8 +180,10 @@ class _Network(nn.Module):
 
     def parts(self, like: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Core, left and right factors where ``like`` is; elsewhere only if layers of one shape are on many devices."""
-        left, right = ([getattr(self, f"{name}_{n}").to(like) for n in range(size)]
-                       for name, size in zip(("left", "right"), self.sides, strict=True))  # fmt: skip
+        left, right = (
+            [getattr(self, f"{name}_{n}").to(like) for n in range(size)]
+            for name, size in zip(("left", "right"), self.sides, strict=True)
+        )
         return self.core.to(like), left, right
 
 
@@ -197,8 +200,9 @@ class Bank:
         self.seed = seed
         self.networks: dict[tuple[Hashable, ...], _Network] = {}
 
-    def network(self, left: Sequence[tuple[int, int]], right: Sequence[tuple[int, int]], factors: str, saved: bool
-                ) -> nn.Module:  # fmt: skip
+    def network(
+        self, left: Sequence[tuple[int, int]], right: Sequence[tuple[int, int]], factors: str, saved: bool
+    ) -> nn.Module:
         """The tensors for modes ``(R_n, I_n)``, drawn when they are first asked for."""
         key = (tuple(left), tuple(right), factors, saved)
         if key not in self.networks:
@@ -230,9 +234,16 @@ class TeRA(Adapter):
     options = ("out_modes", "in_modes", "r", "factors", "seed", "save_bank")
 
     def __init__(
-        self, base: Layer, out_modes: int | Sequence[int] = 1, in_modes: int | Sequence[int] = 2, r: int | None = None,
-        factors: str = "random", seed: int | None = None, save_bank: bool = False, bank: Bank | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        base: Layer,
+        out_modes: int | Sequence[int] = 1,
+        in_modes: int | Sequence[int] = 2,
+        r: int | None = None,
+        factors: str = "random",
+        seed: int | None = None,
+        save_bank: bool = False,
+        bank: Bank | None = None,
+    ) -> None:
         super().__init__()
         left = _modes("out_modes", base.out_features, out_modes)
         right = _modes("in_modes", base.in_features, in_modes)
@@ -244,7 +255,10 @@ class TeRA(Adapter):
             raise ValueError(f"seed: expected that of the bank, {bank.seed}, or None, got {seed!r}")
         bank = bank or Bank(seed or 0)
         self.out_modes, self.in_modes = (m if isinstance(m, int) else list(m) for m in (out_modes, in_modes))
-        self.r, self.factors, self.seed, self.save_bank = r, factors, bank.seed, save_bank
+        self.r = r
+        self.factors = factors
+        self.seed = bank.seed
+        self.save_bank = save_bank
         sides = [[(min(size, r or size), size) for size in side] for side in (left, right)]
         self.network = cast(_Network, bank.network(sides[0], sides[1], factors, save_bank))
         self.d_left = nn.ParameterList(torch.ones(rank) for rank, _ in sides[0])
@@ -268,7 +282,8 @@ class TeRA(Adapter):
     def _dense(self, n: int, base: Layer) -> bool:
         """With many rows it is less to form dW first; compared are the multiplications."""
         core, left, right = self.network.parts(self.d_left[0])
-        o, i = base.out_features, base.in_features
+        o = base.out_features
+        i = base.in_features
         (P, Q), out, into = core.shape, *(sum(f.shape[1] for f in side) for side in (left, right))
         return n * (P * (Q + out) + Q * into) >= P * Q * into + P * i * out + n * o * i
 

@@ -83,11 +83,19 @@ from .core.layers import Layer
 from .core.modes import balanced
 
 __all__ = [
-    "TLoRA", "identity_cores", "identity_distance", "identity_penalty", "orthogonal_penalty", "product",
-    "ring_factors", "ring_matrix", "transform",
-]  # fmt: skip
+    "TLoRA",
+    "identity_cores",
+    "identity_distance",
+    "identity_penalty",
+    "orthogonal_penalty",
+    "product",
+    "ring_factors",
+    "ring_matrix",
+    "transform",
+]
 
-INITS, RESIDUALS = ("slot", "paper"), ("tr", "lora")
+INITS = ("slot", "paper")
+RESIDUALS = ("tr", "lora")
 
 
 def ring_matrix(cores: Sequence[Tensor]) -> Tensor:
@@ -113,8 +121,10 @@ def transform(cores: Sequence[Tensor], x: Tensor) -> Tensor:
     A mode takes ``n i I_d R^2`` multiplications. The dense product takes ``n i^2`` in one large call, after ``i^2 R^2``
     that form ``T``; the factor 4 between the two is measured.
     """
-    i, (first, *rest) = x.shape[-1], cores
-    n, bonds = math.prod(x.shape[:-1]), first.shape[-1] ** 2
+    i = x.shape[-1]
+    (first, *rest) = cores
+    n = math.prod(x.shape[:-1])
+    bonds = first.shape[-1] ** 2
     if not rest or i * (n + bonds) <= 4 * n * bonds * sum(core.shape[1] for core in cores):
         return F.linear(x, ring_matrix(cores))
     x_modes = x.reshape(n, first.shape[1], i // first.shape[1])
@@ -226,13 +236,20 @@ class TLoRA(Adapter):
     options = ("transform_rank", "residual_rank", "order", "init", "residual")
 
     def __init__(
-        self, base: Layer, transform_rank: int = 2, residual_rank: int = 6, order: int = 2,
-        init: str = "slot", residual: str = "tr",
-    ) -> None:  # fmt: skip
+        self,
+        base: Layer,
+        transform_rank: int = 2,
+        residual_rank: int = 6,
+        order: int = 2,
+        init: str = "slot",
+        residual: str = "tr",
+    ) -> None:
         super().__init__()
         for name, value, least in (
-            ("transform_rank", transform_rank, 0), ("residual_rank", residual_rank, 0), ("order", order, 1)
-        ):  # fmt: skip
+            ("transform_rank", transform_rank, 0),
+            ("residual_rank", residual_rank, 0),
+            ("order", order, 1),
+        ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
         if not transform_rank and not residual_rank:
@@ -241,16 +258,22 @@ class TLoRA(Adapter):
             raise ValueError(f"init: expected one of {INITS}, got {init!r}")
         if residual not in RESIDUALS:
             raise ValueError(f"residual: expected one of {RESIDUALS}, got {residual!r}")
-        o, i = base.out_features, base.in_features
+        o = base.out_features
+        i = base.in_features
         dims = balanced(i, order)
         if order > 1 and i > 64 and transform_rank**2 * sum(d * d for d in dims) >= i * i:
             raise ValueError(
                 f"base: expected factors of in_features for which the transform has fewer numbers than a dense one, "
                 f"{i * i}, got {dims} at transform_rank={transform_rank}; order=1 is a dense one"
             )
-        self.transform_rank, self.residual_rank, self.order = transform_rank, residual_rank, order
-        self.init, self.residual = init, residual
-        self.A, self.B, self.C = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
+        self.transform_rank = transform_rank
+        self.residual_rank = residual_rank
+        self.order = order
+        self.init = init
+        self.residual = residual
+        self.A = nn.ParameterList()
+        self.B = nn.ParameterList()
+        self.C = nn.ParameterList()
         if transform_rank:
             self.A.extend(identity_cores(dims, transform_rank, init))
         if residual_rank and residual == "tr":

@@ -110,14 +110,23 @@ class VLAdapter(Adapter):
             divide d and r.
     """
 
-    kind, mergeable = "vl_adapter", False
+    kind = "vl_adapter"
+    mergeable = False
     options = ("reduction", "sharing", "phm", "rank", "init", "task_names")
 
     def __init__(
-        self, base: Layer, reduction: float = 8, sharing: str = "single", phm: int = 1, rank: int = 0,
-        init: str = "zero", task_names: Sequence[str] | None = None, *,
-        tasks: Tasks | None = None, rule: Rule | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        base: Layer,
+        reduction: float = 8,
+        sharing: str = "single",
+        phm: int = 1,
+        rank: int = 0,
+        init: str = "zero",
+        task_names: Sequence[str] | None = None,
+        *,
+        tasks: Tasks | None = None,
+        rule: Rule | None = None,
+    ) -> None:
         super().__init__()
         if not (math.isfinite(reduction) and reduction > 0):
             raise ValueError(f"reduction: expected a positive number, got {reduction!r}")
@@ -130,11 +139,16 @@ class VLAdapter(Adapter):
         if init not in ("zero", "paper"):
             raise ValueError(f"init: expected 'zero' or 'paper', got {init!r}")
         self.task_names = None if sharing == "single" else agreed_names(tasks, task_names)
-        self.reduction, self.sharing, self.phm, self.rank, self.init = reduction, sharing, phm, rank, init
+        self.reduction = reduction
+        self.sharing = sharing
+        self.phm = phm
+        self.rank = rank
+        self.init = init
         self.tasks = tasks or Tasks(["all"])
         self.own = {"down": sharing in ("multiple", "half-up"), "up": sharing in ("multiple", "half-down")}
         d = base.out_features
-        r, zero = max(1, int(d / reduction)), init == "zero"
+        r = max(1, int(d / reduction))
+        zero = init == "zero"
         self.down, self.up = (
             Stack(len(self.tasks) if self.own[half] else 1, i, o, zero=zero and half == "up", zero_bias=zero)
             if phm == 1
@@ -143,8 +157,10 @@ class VLAdapter(Adapter):
         )
 
     def forward(self, x: Tensor, y0: Tensor, base: Layer) -> Tensor:
-        pick, one = self.tasks.pick, self.tasks.one
-        (D, b), (U, c) = self.down(one), self.up(one)
+        pick = self.tasks.pick
+        one = self.tasks.one
+        (D, b) = self.down(one)
+        (U, c) = self.up(one)
         return bottleneck(y0, pick(D), pick(b), pick(U), pick(c))
 
     def subset(self, tasks: Tasks) -> VLAdapter:
@@ -159,7 +175,8 @@ class VLAdapter(Adapter):
         shared = [m for m in self.modules() if isinstance(m, Rule) and m.A.ndim == 3]
         new = copy.deepcopy(self, {id(self.tasks): tasks} | {id(rule): rule for rule in shared})
         if self.task_names is not None:
-            new.task_names, keep = list(tasks.names), [names.index(name) for name in tasks.names]
+            new.task_names = list(tasks.names)
+            keep = [names.index(name) for name in tasks.names]
             for half in (half for half, own in self.own.items() if own):
                 for p in (p for p in getattr(new, half).parameters() if all(p is not rule.A for rule in shared)):
                     p.data = p.data[keep]

@@ -1,3 +1,4 @@
+# ruff: noqa: I001
 # Written by `python -m tools.stubs` from the `__all__` of the modules.
 from .adab2n import AdaB2N as AdaB2N
 from .adab2n import adaptation_loss as adaptation_loss

@@ -69,9 +69,16 @@ from .core.rule import FineTune, Forward
 from .core.streams import Task, task_of
 
 __all__ = [
-    "AdaB2N", "adaptation_loss", "balance", "begin_task", "convert", "eta", "parameter_groups",
-    "task_batch", "task_weights",
-]  # fmt: skip
+    "AdaB2N",
+    "adaptation_loss",
+    "balance",
+    "begin_task",
+    "convert",
+    "eta",
+    "parameter_groups",
+    "task_batch",
+    "task_weights",
+]
 
 Before = Callable[[int], None]
 MAX_PSI = 20.0  # a pseudo-count of 5e8 outweighs any batch; beyond 88 its exponential overflows
@@ -87,7 +94,8 @@ def eta(k: Tensor | int, momentum: float, kappa: float) -> Tensor:
     n = n if n.is_floating_point() else n.float()
     if kappa < 1e-30:  # 0, or so close that float32 would underflow
         return n.reciprocal()
-    log_a, first = kappa * math.log1p(-momentum), momentum**-kappa
+    log_a = kappa * math.log1p(-momentum)
+    first = momentum**-kappa
     # eq-adab2n-eta:  1/eta_k = m^-kappa + (1 - a^(k-1)) (1/(1-a) - m^-kappa)
     inverse: Tensor = first - torch.expm1((n - 1) * log_a) * (-1 / math.expm1(log_a) - first)
     return inverse.reciprocal()
@@ -145,9 +153,13 @@ class AdaB2N(nn.Module):
         if not isinstance(tasks, int) or tasks < 1 or not 0 <= kappa <= 1:
             got = f"{tasks!r} and {kappa}"
             raise ValueError(f"tasks, kappa: expected a positive integer and a number in [0, 1], got {got}")
-        self.num_features, self.eps, self.momentum = layer.num_features, layer.eps, float(layer.momentum)
-        self.kappa, self.renormalize = kappa, renormalize
-        self.weight, self.bias = layer.weight, layer.bias  # the same parameters: an optimiser that has them keeps them
+        self.num_features = layer.num_features
+        self.eps = layer.eps
+        self.momentum = float(layer.momentum)
+        self.kappa = kappa
+        self.renormalize = renormalize
+        self.weight = layer.weight
+        self.bias = layer.bias  # the same parameters: an optimiser that has them keeps them
         self.psi = nn.Parameter(torch.zeros(tasks, device=layer.running_mean.device))
         for name in ("running_mean", "running_var"):
             self.register_buffer(name, getattr(layer, name).clone())
@@ -233,7 +245,8 @@ def task_batch(model: nn.Module, task_ids: Tensor) -> Iterator[None]:
     counts = ids.bincount(minlength=seen)
     batch = ids, counts, counts[ids]  # the task of each sample, the samples of each task, those of the sample's task
     for layer in layers:
-        layer._batch, layer._tie = batch, None
+        layer._batch = batch
+        layer._tie = None
     try:
         yield
     finally:

@@ -71,7 +71,9 @@ from .core.small_modules import Experts
 
 __all__ = ["LAE", "alpha_for", "ema_", "vote"]
 
-ONLINE, OFFLINE, BOTH = "online", "offline", "both"  # names of the adapters in each host
+ONLINE = "online"
+OFFLINE = "offline"
+BOTH = "both"  # names of the adapters in each host
 
 
 @torch.no_grad()
@@ -148,10 +150,16 @@ class LAE(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, *, alpha: float = 0.9999, lr: float = 0.0028125, local: bool = True,
-        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam, rule: str = "max",
+        self,
+        model: nn.Module,
+        *,
+        alpha: float = 0.9999,
+        lr: float = 0.0028125,
+        local: bool = True,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+        rule: str = "max",
         features: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         adapters(model, ONLINE)
         check_unit("alpha", alpha)
@@ -162,8 +170,13 @@ class LAE(nn.Module):
         if taken := names & {OFFLINE, BOTH}:
             raise ValueError(f"model: expected no adapter of these names, which are given later, got {sorted(taken)}")
         self.model = cast(Any, model)  # speaks timm's protocol, of which nn.Module says nothing
-        self.alpha, self.lr, self.local, self.rule = alpha, lr, local, rule
-        self.optimizer, self.tasks, self.start = optimizer, 0, 0
+        self.alpha = alpha
+        self.lr = lr
+        self.local = local
+        self.rule = rule
+        self.optimizer = optimizer
+        self.tasks = 0
+        self.start = 0
         self.head = DynamicHead(self.model.num_features if features is None else features)
         self.pairs: list[tuple[nn.Module, nn.Module]] = []  # of every layer, the offline and the online adapter
         activate(model, ONLINE)
@@ -183,7 +196,8 @@ class LAE(nn.Module):
         """
         online = adapters(self.model, ONLINE)
         new = self.head.grow(classes, next(self.model.parameters()))
-        self.start, self.tasks = new.start, self.tasks + 1
+        self.start = new.start
+        self.tasks = self.tasks + 1
         if self.tasks == 2:
             slow = {n: copy.deepcopy(a).to(torch.promote_types(a.dtype, torch.float32)) for n, a in online.items()}
             install(self.model, slow, OFFLINE, freeze=False)
@@ -208,9 +222,16 @@ class LAE(nn.Module):
         return loss
 
     def learn(
-        self, task: Split, *, generator: torch.Generator, epochs: int = 5, frozen_epochs: int = 0,
-        batch_size: int = 24, drop_last: bool = True, augment: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        task: Split,
+        *,
+        generator: torch.Generator,
+        epochs: int = 5,
+        frozen_epochs: int = 0,
+        batch_size: int = 24,
+        drop_last: bool = True,
+        augment: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Train on the images of the task that was begun.
 
         Args:

@@ -1,3 +1,4 @@
+# ruff: noqa: I001
 # Written by `python -m tools.stubs` from the `__all__` of the modules.
 from . import corruptions as corruptions
 from . import orders as orders
@@ -42,6 +43,8 @@ from .streams import Stream as Stream
 from .streams import continual as continual
 from .streams import gradual as gradual
 from .streams import mixed as mixed
+from .text import movie_reviews as movie_reviews
+from .text import token_blocks as token_blocks
 from .tiny_imagenet import TinyImageNet as TinyImageNet
 from .tiny_imagenet import read_tiny_imagenet as read_tiny_imagenet
 
@@ -78,6 +81,7 @@ __all__ = [
     "load",
     "long_tail_prior",
     "mixed",
+    "movie_reviews",
     "orders",
     "power_prior",
     "read_cifar_binary",
@@ -90,5 +94,6 @@ __all__ = [
     "shuffled",
     "sorted_by_class",
     "streams",
+    "token_blocks",
     "zipf",
 ]

@@ -20,9 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
-    "box_operator", "correlate", "disk", "fold", "gaussian", "gaussian_taps", "line_operator", "motion_blur", "sample",
-    "separable", "zoom_operator",
-]  # fmt: skip
+    "box_operator",
+    "correlate",
+    "disk",
+    "fold",
+    "gaussian",
+    "gaussian_taps",
+    "line_operator",
+    "motion_blur",
+    "sample",
+    "separable",
+    "zoom_operator",
+]
 
 
 def fold(index: Tensor, n: int, border: str) -> Tensor:
@@ -55,7 +64,8 @@ def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def correlate(x: Tensor, kernel: Tensor, border: str) -> Tensor:
     """Correlation with any odd-sized ``kernel (kh, kw)``: one matrix product per kernel row."""
     height, width = x.shape[-2:]
-    out, line = torch.zeros_like(x), torch.arange(height, device=x.device)
+    out = torch.zeros_like(x)
+    line = torch.arange(height, device=x.device)
     for j, taps in enumerate(kernel.to(x)):
         shifted = x.index_select(-2, fold(line + j - len(kernel) // 2, height, border))
         out += shifted @ line_operator(width, taps, border).mT
@@ -93,7 +103,8 @@ def zoom_operator(n: int, factor: float, like: Tensor) -> Tensor:
     position = torch.arange(n, dtype=torch.float64) + (size - n) // 2
     position = position * ((crop - 1) / (size - 1))
     low = position.floor().clamp(max=crop - 2)
-    matrix, start = torch.zeros(n, n, dtype=torch.float64), (n - crop) // 2
+    matrix = torch.zeros(n, n, dtype=torch.float64)
+    start = (n - crop) // 2
     left = low.long()[:, None] + start
     matrix.scatter_(1, left, (1 - position + low)[:, None]).scatter_(1, left + 1, (position - low)[:, None])
     return matrix.to(like)
@@ -118,7 +129,8 @@ def motion_blur(x: Tensor, radius: int, sigma: float, degrees: Tensor) -> Tensor
     angle = degrees.double().deg2rad()
     row = torch.arange(height, device=x.device)[None, :, None]
     column = torch.arange(width, device=x.device)[None, None, :]
-    flat, out = x.flatten(2), torch.zeros_like(x).flatten(2)
+    flat = x.flatten(2)
+    out = torch.zeros_like(x).flatten(2)
     for i, w in enumerate(weight):
         down = (i * angle.sin() - 0.5).ceil().long()[:, None, None]
         right = (i * angle.cos() - 0.5).ceil().long()[:, None, None]

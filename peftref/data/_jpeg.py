@@ -88,7 +88,8 @@ def double(plane: Tensor, height: int, width: int) -> Tensor:
 def jpeg(levels: Tensor, quality: int) -> Tensor:
     """Levels 0..255 ``(N, C, H, W)``, C = 1 or 3, as they come back from a JPEG file of the given quality."""
     exact = levels.double()
-    luma, chroma = table(LUMA, quality, exact), table(CHROMA, quality, exact)
+    luma = table(LUMA, quality, exact)
+    chroma = table(CHROMA, quality, exact)
     if levels.shape[1] == 1:  # grey: Cb = Cr = 128 survive the codec unchanged
         return code(exact[:, 0], luma)[:, None].to(levels)
     r, g, b = exact.unbind(1)

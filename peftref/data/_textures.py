@@ -30,10 +30,13 @@ def plasma(noise: Tensor, decay: float) -> Tensor:
     Each level halves the step. A new point is the mean of its four neighbours (first the diagonal, then the straight
     ones) plus :math:`w_l^2` times its noise, with :math:`w_l=100/\mathrm{decay}^l` (squared in the published code).
     """
-    height, step, amplitude = torch.zeros_like(noise), noise.shape[-1], 100.0
+    height = torch.zeros_like(noise)
+    step = noise.shape[-1]
+    amplitude = 100.0
     while step >= 2:
         half = step // 2
-        even, odd = slice(0, None, step), slice(half, None, step)
+        even = slice(0, None, step)
+        odd = slice(half, None, step)
         corner = height[:, even, even]
         across = corner + corner.roll(-1, 2)
         down = corner + corner.roll(-1, 1)
@@ -41,7 +44,8 @@ def plasma(noise: Tensor, decay: float) -> Tensor:
         centre = height[:, odd, odd]
         height[:, even, odd] = (across + centre + centre.roll(1, 1)) / 4 + amplitude**2 * noise[:, even, odd]
         height[:, odd, even] = (down + centre + centre.roll(1, 2)) / 4 + amplitude**2 * noise[:, odd, even]
-        step, amplitude = half, amplitude / decay
+        step = half
+        amplitude = amplitude / decay
     height = height - height.amin((1, 2), keepdim=True)
     return height / height.amax((1, 2), keepdim=True)
 
@@ -116,14 +120,18 @@ def water(liquid: Tensor) -> Tensor:
 def edges(levels: Tensor, low: int = 50, high: int = 150) -> Tensor:
     """Canny edges (boolean) of levels 0..255: Sobel, non-maximum suppression, hysteresis."""
     sobel = levels.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
-    dx, dy = correlate(levels, sobel, "nearest"), correlate(levels, sobel.T, "nearest")
-    ax, ay, strength = dx.abs(), dy.abs(), dx.abs() + dy.abs()
+    dx = correlate(levels, sobel, "nearest")
+    dy = correlate(levels, sobel.T, "nearest")
+    ax = dx.abs()
+    ay = dy.abs()
+    strength = dx.abs() + dy.abs()
     around = F.pad(strength, (1, 1, 1, 1))
 
     def at(v: int, u: int) -> Tensor:
         return around[..., 1 + v : around.shape[-2] - 1 + v, 1 + u : around.shape[-1] - 1 + u]
 
-    flat, steep = 13573 / 32768, 13573 / 32768 + 2  # tangents of 22.5 and 67.5 degrees, as rounded by OpenCV
+    flat = 13573 / 32768
+    steep = 13573 / 32768 + 2  # tangents of 22.5 and 67.5 degrees, as rounded by OpenCV
     rising = dx * dy < 0
     across = (strength > at(0, -1)) & (strength >= at(0, 1))
     along = (strength > at(-1, 0)) & (strength >= at(1, 0))
@@ -146,7 +154,8 @@ def edge_distance(edge: Tensor, limit: int = 20) -> Tensor:
     distance = torch.where(edge, 0.0, float(limit))
     height, width = edge.shape[-2:]
     for _ in range(limit):
-        around, last = F.pad(distance, (2, 2, 2, 2), value=float(limit)), distance
+        around = F.pad(distance, (2, 2, 2, 2), value=float(limit))
+        last = distance
         for v, u in step:
             there = around[..., 2 + v : 2 + v + height, 2 + u : 2 + u + width]
             distance = torch.minimum(distance, there + cost[v * v + u * u])

@@ -244,7 +244,8 @@ def _elastic_transform(x: Tensor, c: tuple[float, float, float], g: torch.Genera
     n, _, height, width = x.shape
     strength, sigma, shift = (min(height, width) * fraction for fraction in c)
     # The affine map that takes three corners of a square to their shifted places; positions are (column, row).
-    middle, arm = x.new_tensor([width // 2, height // 2]), min(height, width) // 3
+    middle = x.new_tensor([width // 2, height // 2])
+    arm = min(height, width) // 3
     corners = middle + arm * x.new_tensor([[1, 1], [1, -1], [-1, -1]])
     moved = corners + uniform((n, 3, 2), -shift, shift, x, g)
     inverse = torch.linalg.solve(torch.cat((moved, torch.ones_like(moved[..., :1])), -1), corners.expand(n, 3, 2))
@@ -292,8 +293,24 @@ def _rounded(x: Tensor) -> Tensor:
 _FUNCTIONS: dict[str, Callable[[Tensor, Any, torch.Generator], Tensor]] = {
     function.__name__[1:]: function
     for function in (
-        _gaussian_noise, _shot_noise, _impulse_noise, _defocus_blur, _glass_blur, _motion_blur, _zoom_blur, _snow,
-        _frost, _fog, _brightness, _contrast, _elastic_transform, _pixelate, _jpeg_compression,
-        _speckle_noise, _gaussian_blur, _spatter, _saturate,
+        _gaussian_noise,
+        _shot_noise,
+        _impulse_noise,
+        _defocus_blur,
+        _glass_blur,
+        _motion_blur,
+        _zoom_blur,
+        _snow,
+        _frost,
+        _fog,
+        _brightness,
+        _contrast,
+        _elastic_transform,
+        _pixelate,
+        _jpeg_compression,
+        _speckle_noise,
+        _gaussian_blur,
+        _spatter,
+        _saturate,
     )
-}  # fmt: skip
+}

@@ -220,7 +220,8 @@ def _fetch_archive(archive: Archive, root: Path, url: str, md5: str | None) -> P
 
 def _copy(source: IO[bytes] | http.client.HTTPResponse, target: IO[bytes] | None, kind: str) -> tuple[int, str]:
     """Read ``source`` to its end in blocks, into ``target`` if there is one: number of bytes and checksum."""
-    count, digest = 0, hashlib.new(kind, usedforsecurity=False)
+    count = 0
+    digest = hashlib.new(kind, usedforsecurity=False)
     while block := source.read(1 << 20):
         digest.update(block)
         count += len(block)

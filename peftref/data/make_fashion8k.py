@@ -50,7 +50,8 @@ def cut(source: Path = SOURCE) -> dict[str, NDArray[np.uint8]]:
     rng = np.random.default_rng(SEED)
     arrays: dict[str, NDArray[np.uint8]] = {}
     for split, (stem, per_class) in PER_CLASS.items():
-        x, y = read_idx(source / f"{stem}-images-idx3-ubyte.gz"), read_idx(source / f"{stem}-labels-idx1-ubyte.gz")
+        x = read_idx(source / f"{stem}-images-idx3-ubyte.gz")
+        y = read_idx(source / f"{stem}-labels-idx1-ubyte.gz")
         rows = balanced_rows(y, per_class, rng)
         arrays |= {f"x_{split}": x[rows], f"y_{split}": y[rows]}
     return arrays

@@ -36,9 +36,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = [
-    "Order", "as_stored", "dirichlet", "grouped", "label_shift", "long_tail_prior", "power_prior", "shuffled",
-    "sorted_by_class", "zipf",
-]  # fmt: skip
+    "Order",
+    "as_stored",
+    "dirichlet",
+    "grouped",
+    "label_shift",
+    "long_tail_prior",
+    "power_prior",
+    "shuffled",
+    "sorted_by_class",
+    "zipf",
+]
 
 Order = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -121,7 +129,8 @@ def dirichlet(delta: float, min_size: int = 10, attempts: int = 1000) -> Order:
 def _deal(counts: NDArray[np.int64], delta: float, rng: np.random.Generator) -> NDArray[np.int64]:
     """One draw of how many images of class k go to chunk j, ``(K, K)``; all zero where the draw cannot be completed."""
     classes = len(counts)
-    sizes, filled = np.zeros((classes, classes), dtype=np.int64), np.zeros(classes, dtype=np.int64)
+    sizes = np.zeros((classes, classes), dtype=np.int64)
+    filled = np.zeros(classes, dtype=np.int64)
     for k, n in enumerate(counts):
         share = rng.dirichlet(np.full(classes, delta)) * (filled < counts.sum() / classes)
         if share.sum() == 0:  # delta so small that all mass fell on full chunks
@@ -196,7 +205,8 @@ def label_shift(prior: Tensor) -> Order:
 def _draw(y: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
     """For each wanted label a random index of ``y`` that has it."""
     stored, by_class = y.cpu().sort(stable=True)
-    start, end = torch.searchsorted(stored, labels), torch.searchsorted(stored, labels, right=True)
+    start = torch.searchsorted(stored, labels)
+    end = torch.searchsorted(stored, labels, right=True)
     u = torch.rand(len(labels), generator=generator, dtype=torch.float64)
     return by_class[start + (u * (end - start)).long()].to(y.device)
 

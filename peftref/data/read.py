@@ -110,10 +110,9 @@ def read_cifar_python(path: str | Path, classes: int = 10) -> tuple[Images, Labe
     key = "labels" if _label_bytes(classes) == 1 else "fine_labels"
     batch = _unpickle(path)
     if not (isinstance(batch, dict) and {"data", key} <= batch.keys()):
-        raise ValueError(
-            f"{path}: expected a pickled dictionary with keys 'data' and {key!r}, got {_summary(batch)}"
-        )
-    x, y = np.asarray(batch["data"]), np.asarray(batch[key])
+        raise ValueError(f"{path}: expected a pickled dictionary with keys 'data' and {key!r}, got {_summary(batch)}")
+    x = np.asarray(batch["data"])
+    y = np.asarray(batch[key])
     if x.dtype != np.uint8 or x.shape != (len(y), _CIFAR_PIXELS) or y.ndim != 1 or y.dtype.kind not in "iu":
         raise ValueError(
             f"{path}: expected uint8 data of shape (N, {_CIFAR_PIXELS}) and N integer labels, "

@@ -47,8 +47,17 @@ __all__ = ["Dataset", "NAMES", "Split", "load"]
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 FASHION_CLASSES = (
-    "t-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
-)  # fmt: skip
+    "t-shirt/top",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
 DIGIT_CLASSES = tuple("0123456789")
 
 
@@ -147,14 +156,16 @@ def _split_by_class(
         members = shuffled[y[shuffled] == k]
         test[members[: round(test_share * len(members))]] = True
     # Shuffled again: after the choice, the first rows left for training would all be of the classes served first.
-    train_rows, test_rows = rng.permutation(np.flatnonzero(~test)), rng.permutation(np.flatnonzero(test))
+    train_rows = rng.permutation(np.flatnonzero(~test))
+    test_rows = rng.permutation(np.flatnonzero(test))
     return (x[train_rows], y[train_rows]), (x[test_rows], y[test_rows])
 
 
 @functools.cache
 def _fashion8k() -> _Raw:
     path = Path(__file__).with_name("fashion8k.npz")
-    body, expected = path.read_bytes(), path.with_suffix(".sha256").read_text().split()[0]
+    body = path.read_bytes()
+    expected = path.with_suffix(".sha256").read_text().split()[0]
     if (got := hashlib.sha256(body).hexdigest()) != expected:
         raise ValueError(f"{path}: expected SHA-256 {expected}, got {got}; the file is damaged, install peftref again")
     with np.load(io.BytesIO(body), allow_pickle=False) as arrays:

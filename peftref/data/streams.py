@@ -146,7 +146,8 @@ class Stream:
         return digest.hexdigest()
 
     def _sizes(self) -> list[int]:
-        full, sizes = self.batch_size, []
+        full = self.batch_size
+        sizes = []
         for n in self.segment.unique_consecutive(return_counts=True)[1].tolist():
             sizes += [full] * (n // full) + [n % full] * (n % full > 0)
         return sizes
@@ -237,9 +238,12 @@ def mixed(
     rows = _rows(order or shuffled, pool.y, generator_for("order", seed, 0))
     return replace(
         pool,
-        x=pool.x[rows], y=pool.y[rows], domain=pool.domain[rows], severity=pool.severity[rows],
+        x=pool.x[rows],
+        y=pool.y[rows],
+        domain=pool.domain[rows],
+        severity=pool.severity[rows],
         segment=torch.zeros_like(rows),
-    )  # fmt: skip
+    )
 
 
 def _sequence(

@@ -1,3 +1,4 @@
+# ruff: noqa: I001
 # Written by `python -m tools.stubs` from the `__all__` of the modules.
 from .bang import bang_loss as bang_loss
 from .bang import calibration_error as calibration_error

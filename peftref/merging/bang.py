@@ -57,8 +57,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = [
-    "bang_loss", "calibration_error", "confidence", "fine_tune", "mixup", "outcomes", "smooth", "soft_cross_entropy",
-]  # fmt: skip
+    "bang_loss",
+    "calibration_error",
+    "confidence",
+    "fine_tune",
+    "mixup",
+    "outcomes",
+    "smooth",
+    "soft_cross_entropy",
+]
 
 OUTCOMES = ["".join("FT"[right] for right in cell) for cell in product((0, 1), repeat=3)]  # FFF, FFT, ..., TTT
 
@@ -112,9 +119,14 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def bang_loss(
-    model: nn.Module, x: Tensor, y: Tensor, smoothing: float = 0.1, mixing: float | None = 0.5, *,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    smoothing: float = 0.1,
+    mixing: float | None = 0.5,
+    *,
     generator: torch.Generator,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The loss of one batch: cross-entropy of the model on mixed inputs against mixed, smoothed targets.
 
     Args:
@@ -136,9 +148,18 @@ def bang_loss(
 
 
 def fine_tune(
-    model: nn.Module, x: Tensor, y: Tensor, smoothing: float = 0.1, mixing: float | None = 0.5, *, epochs: int = 5,
-    lr: float = 1e-3, batch_size: int = 100, weight_decay: float = 0.0, seed: int = 0,
-) -> nn.Module:  # fmt: skip
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    smoothing: float = 0.1,
+    mixing: float | None = 0.5,
+    *,
+    epochs: int = 5,
+    lr: float = 1e-3,
+    batch_size: int = 100,
+    weight_decay: float = 0.0,
+    seed: int = 0,
+) -> nn.Module:
     """A copy of ``model`` trained end to end by :func:`bang_loss`; average it with ``model`` by ``wise_ft``.
 
     AdamW with a learning rate that falls to 0 along a cosine. Whatever the smoothing and mixing, the same seed gives
@@ -160,7 +181,8 @@ def fine_tune(
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
-    order, mixer = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
+    order = torch.Generator().manual_seed(seed)
+    mixer = torch.Generator().manual_seed(seed + 1)
     tuned = copy.deepcopy(model).train()
     optimizer = torch.optim.AdamW(tuned.parameters(), lr=lr, weight_decay=weight_decay)
     sizes = [batch_size] * (len(x) // batch_size) + [r for r in (len(x) % batch_size,) if r]

@@ -79,9 +79,13 @@ SHORTCUTS = ("downsample", "shortcut")  # the path beside a residual block: torc
 
 @torch.no_grad()
 def signature(
-    pretrained: State, clean: State, robust: State, names: Iterable[str] | Callable[[str], bool], *,
+    pretrained: State,
+    clean: State,
+    robust: State,
+    names: Iterable[str] | Callable[[str], bool],
+    *,
     project: bool = True,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     r"""The signature of one corruption (eq-rws-signature); each tensor has clean's device and type, at least float32.
 
     Args:
@@ -120,9 +124,12 @@ def signature(
 
 @torch.no_grad()
 def compose(
-    signatures: Sequence[State], weights: Sequence[float] | None = None, *, strength: float = 1.0,
+    signatures: Sequence[State],
+    weights: Sequence[float] | None = None,
+    *,
+    strength: float = 1.0,
     official_scale: bool = False,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     r"""One patch from any number of signatures: the sum in eq-rws-patch. No signature, or no weight: an empty patch.
 
     Args:
@@ -154,7 +161,8 @@ def compose(
         scale = scale**2 if official_scale else scale
         if scale == 0.0:  # leave out: adding 0 turns a weight of -0.0 into 0.0, so it is not the same as adding nothing
             continue
-        both, new = [n for n in rho if n in patch], [n for n in rho if n not in patch]
+        both = [n for n in rho if n in patch]
+        new = [n for n in rho if n not in patch]
         # eq-rws-patch:  sum_c alpha_c rho_c
         if both:
             torch._foreach_add_([patch[n] for n in both], [rho[n] for n in both], alpha=scale)
@@ -209,7 +217,8 @@ def blend_statistics(model: nn.Module, batches: Iterable[Tensor], strength: floa
 def _task_share(delta: Tensor, tau: Tensor, theta_0: Tensor) -> Tensor:
     """The coefficient beta of one tensor: ``<delta, tau> / |tau|^2``."""
     # sum() adds in pairs; dot() piles up rounding in long chains: on 2 million float32 weights it is 1e-4 off
-    dot, square = (delta * tau).sum(), tau.square().sum()
+    dot = (delta * tau).sum()
+    square = tau.square().sum()
     # A change below the rounding of the weights has no direction: dividing by its square would give NaN, or noise.
     # Nothing is removed then, and delta is all that happened since pretraining.
     untouched = square.sqrt() <= torch.finfo(tau.dtype).eps * torch.linalg.vector_norm(theta_0)

@@ -1,3 +1,4 @@
+# ruff: noqa: I001
 # Written by `python -m tools.stubs` from the `__all__` of the modules.
 from .cnn import Normalised as Normalised
 from .cnn import PlainCNN as PlainCNN

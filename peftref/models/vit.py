@@ -30,7 +30,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (N, T, 3, heads, d / heads)
@@ -45,7 +46,9 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc2(self.act(self.fc1(x)))
@@ -57,8 +60,10 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, num_heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), Mlp(dim, 4 * dim)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, 4 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -84,9 +89,15 @@ class ViT(nn.Module):
     """
 
     def __init__(
-        self, img_size: int = 28, patch_size: int = 7, in_chans: int = 1, num_classes: int = 10,
-        embed_dim: int = 64, depth: int = 4, num_heads: int = 4,
-    ) -> None:  # fmt: skip
+        self,
+        img_size: int = 28,
+        patch_size: int = 7,
+        in_chans: int = 1,
+        num_classes: int = 10,
+        embed_dim: int = 64,
+        depth: int = 4,
+        num_heads: int = 4,
+    ) -> None:
         if min(patch_size, num_heads) < 1 or img_size % patch_size or embed_dim % num_heads:
             raise ValueError(
                 "img_size, embed_dim: expected multiples of patch_size and num_heads, "
@@ -98,7 +109,8 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(1e-6 * torch.randn(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, tokens, embed_dim))
         self.blocks = nn.Sequential(*(Block(embed_dim, num_heads) for _ in range(depth)))
-        self.norm, self.num_features = nn.LayerNorm(embed_dim, eps=1e-6), embed_dim
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.num_features = embed_dim
         self.head = nn.Linear(embed_dim, num_classes)
         for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
             nn.init.trunc_normal_(linear.weight, std=0.02)

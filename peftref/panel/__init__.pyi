@@ -1,3 +1,4 @@
+# ruff: noqa: I001
 # Written by `python -m tools.stubs` from the `__all__` of the modules.
 from .baselines.linear import LINEAR as LINEAR
 from .baselines.linear import linear_residuals as linear_residuals
@@ -7,13 +8,13 @@ from .core.columns import Panel as Panel
 from .core.columns import read_panel as read_panel
 from .core.crossfit import check_shapes as check_shapes
 from .core.crossfit import crossfit as crossfit
-from .core.estimators import SETS as SETS
 from .core.estimators import Fit as Fit
+from .core.estimators import SETS as SETS
 from .core.estimators import partial_out as partial_out
 from .core.estimators import transform as transform
 from .core.estimators import variables as variables
-from .core.folds import SCHEMES as SCHEMES
 from .core.folds import Folds as Folds
+from .core.folds import SCHEMES as SCHEMES
 from .core.folds import make_folds as make_folds
 from .core.gram import Moments as Moments
 from .core.gram import by_fold as by_fold

@@ -120,15 +120,37 @@ class PanelDML(BaseEstimator):
     """
 
     def __init__(
-        self, estimator: str = "cre", learner: Any = None, learner_w: Any = None, *, model: str = "plr",
-        score: str = "partialling out", agg: str = "dml2", folds: int | Folds = 5, scheme: str = "unit",
-        repeats: int = 1, twoway: bool = False, cluster: str | None = "unit", clip: float = 0.01, seed: int = 0,
+        self,
+        estimator: str = "cre",
+        learner: Any = None,
+        learner_w: Any = None,
+        *,
+        model: str = "plr",
+        score: str = "partialling out",
+        agg: str = "dml2",
+        folds: int | Folds = 5,
+        scheme: str = "unit",
+        repeats: int = 1,
+        twoway: bool = False,
+        cluster: str | None = "unit",
+        clip: float = 0.01,
+        seed: int = 0,
         n_jobs: int | None = None,
-    ) -> None:  # fmt: skip
-        self.estimator, self.learner, self.learner_w = estimator, learner, learner_w
-        self.model, self.score, self.agg, self.twoway = model, score, agg, twoway
-        self.folds, self.scheme, self.repeats = folds, scheme, repeats
-        self.cluster, self.clip, self.seed, self.n_jobs = cluster, clip, seed, n_jobs
+    ) -> None:
+        self.estimator = estimator
+        self.learner = learner
+        self.learner_w = learner_w
+        self.model = model
+        self.score = score
+        self.agg = agg
+        self.twoway = twoway
+        self.folds = folds
+        self.scheme = scheme
+        self.repeats = repeats
+        self.cluster = cluster
+        self.clip = clip
+        self.seed = seed
+        self.n_jobs = n_jobs
 
     def fit(self, y: Any, w: Any, x: Any = None, unit: Any = None, time: Any = None) -> PanelDML:
         """Estimate.
@@ -163,8 +185,10 @@ class PanelDML(BaseEstimator):
         self.ses_ = standard_error(psi_a * self.coefs_.unsqueeze(1) + psi_b, psi_a, panel.layout, folds, self.cluster)
         self.coef_, self.se_ = over_repeats(self.coefs_, self.ses_)
         self.residuals_ = frame.align({"y": u, "w": v}, panel.layout)
-        self.n_rows_, self.n_units_ = len(panel.layout), panel.layout.n_units
-        self.folds_, self._name = folds, frame.name
+        self.n_rows_ = len(panel.layout)
+        self.n_units_ = panel.layout.n_units
+        self.folds_ = folds
+        self._name = frame.name
         return self
 
     def confint(self, level: float = 0.95) -> pd.DataFrame:
@@ -209,9 +233,14 @@ class PanelDML(BaseEstimator):
         z, places = variables(panel, "".join(SETS[self.estimator]), self.twoway)
         for_y, for_w = ([i for key in keys for i in places[key]] for keys in SETS[self.estimator])
         predicted = crossfit_sklearn(
-            z, torch.stack((panel.y, panel.y, panel.w), 1), folds, (g, g, m), uses=(for_y, for_y, for_w),
-            within=(~treated, treated, None), n_jobs=self.n_jobs,  # g_0 learns from untreated rows, g_1 from treated
-        )  # fmt: skip
+            z,
+            torch.stack((panel.y, panel.y, panel.w), 1),
+            folds,
+            (g, g, m),
+            uses=(for_y, for_y, for_w),
+            within=(~treated, treated, None),
+            n_jobs=self.n_jobs,  # g_0 learns from untreated rows, g_1 from treated
+        )
         g0, g1, m = predicted.unbind(1)
         psi_a, psi_b = aipw_score(panel.y, panel.w, g0, g1, m, self.clip)
         return psi_a.expand_as(psi_b), psi_b, panel.y - torch.where(treated, g1, g0), panel.w - m
@@ -227,9 +256,12 @@ class PanelDML(BaseEstimator):
 
     def _check(self) -> None:
         for name, allowed in (
-            ("estimator", ESTIMATORS), ("model", ("plr", "irm")), ("score", ("partialling out", "IV-type")),
-            ("agg", ("dml2", "dml1")), ("cluster", ("unit", "twoway", None)),
-        ):  # fmt: skip
+            ("estimator", ESTIMATORS),
+            ("model", ("plr", "irm")),
+            ("score", ("partialling out", "IV-type")),
+            ("agg", ("dml2", "dml1")),
+            ("cluster", ("unit", "twoway", None)),
+        ):
             if (given := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {given!r}")
         scheme = self.folds.scheme if isinstance(self.folds, Folds) else self.scheme

@@ -1,3 +1,4 @@
+# ruff: noqa: I001
 # Written by `python -m tools.stubs` from the `__all__` of the modules.
 from .charts import bars as bars
 from .charts import graph as graph

@@ -48,9 +48,16 @@ __all__ = ["bars", "graph", "images", "lines"]
 
 
 def lines(
-    x: Any, ys: Mapping[str, Any], xlabel: str, ylabel: str, *, regions: Sequence[tuple[float, float, str]] = (),
-    xscale: str = "linear", yscale: str = "linear", ylim: tuple[float, float] | None = None,
-) -> Plot:  # fmt: skip
+    x: Any,
+    ys: Mapping[str, Any],
+    xlabel: str,
+    ylabel: str,
+    *,
+    regions: Sequence[tuple[float, float, str]] = (),
+    xscale: str = "linear",
+    yscale: str = "linear",
+    ylim: tuple[float, float] | None = None,
+) -> Plot:
     """Curves with their names at the right end; curves of several seeds as mean and a band of one standard deviation.
 
     Args:
@@ -81,7 +88,8 @@ def lines(
             axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
         for i, (start, stop, label) in enumerate(regions):
             axes.axvspan(start, stop, color=GREY, alpha=0.07 + 0.11 * (i % 2), linewidth=0)
-            middle, place = np.clip((start, stop), x.min(), x.max()).mean(), axes.get_xaxis_transform()
+            middle = np.clip((start, stop), x.min(), x.max()).mean()
+            place = axes.get_xaxis_transform()
             axes.text(middle, 1.02, label, transform=place, rotation=90 * upright, ha="center", size=9)
         for (name, y), colour, dash in zip(curves.items(), colours(curves), cycle(DASHES), strict=False):
             mean = y.mean(0)
@@ -138,12 +146,14 @@ def images(grid: Any, row_labels: Sequence[str], col_labels: Sequence[str]) -> P
     Raises:
         ValueError: labels that do not match the rows and columns of the grid.
     """
-    rows, columns = len(grid), len(grid[0])
+    rows = len(grid)
+    columns = len(grid[0])
     if (len(row_labels), len(col_labels)) != (rows, columns) or any(len(row) != columns for row in grid):
         got = f"{len(row_labels)} x {len(col_labels)}"
         raise ValueError(f"labels: expected {rows} x {columns} as in the grid, got {got}")
     with style():
-        side, upright = min((WIDTH - 1) / columns, 1.2), columns > 4
+        side = min((WIDTH - 1) / columns, 1.2)
+        upright = columns > 4
         figure = Plot(height=rows * side + 0.2 + (0.085 * max(map(len, col_labels)) if upright else 0.2))
         for r, line in enumerate(figure.subplots(rows, columns, squeeze=False)):
             for c, axes in enumerate(line):
@@ -172,7 +182,8 @@ def graph(points: Any, edges: Any, panels: Mapping[str, Any], names: Sequence[st
     Raises:
         ValueError: no panel, an empty title, or labels that do not fit ``points`` and ``names``.
     """
-    points, edges = array(points), array(edges).astype(int).reshape(-1, 2)
+    points = array(points)
+    edges = array(edges).astype(int).reshape(-1, 2)
     labelled(**{f"panels[{i}]": title for i, title in enumerate(panels)})
     for title, labels in panels.items():
         given = array(labels)

@@ -22,9 +22,13 @@ __all__ = ["boxes", "scatter"]
 
 
 def boxes(
-    panels: Mapping[str, Mapping[str, Any]], *, xlabel: str, truth: float | None = None, columns: int = 3,
+    panels: Mapping[str, Mapping[str, Any]],
+    *,
+    xlabel: str,
+    truth: float | None = None,
+    columns: int = 3,
     xlim: tuple[float, float] | None = None,
-) -> Plot:  # fmt: skip
+) -> Plot:
     """Horizontal boxplots: a panel for each case, a box for each method (quartiles; whiskers to 1.5 times the box).
 
     Args:
@@ -58,9 +62,16 @@ def boxes(
                 flier = {"marker": ".", "markersize": 3, "markerfacecolor": colour, "markeredgecolor": colour}
                 shown = values if xlim is None else values.clip(*xlim)
                 axes.boxplot(
-                    [shown], positions=[i], orientation="horizontal", widths=0.6, boxprops=line, whiskerprops=line,
-                    capprops=line, medianprops=line | {"linewidth": 2}, flierprops=flier,
-                )  # fmt: skip
+                    [shown],
+                    positions=[i],
+                    orientation="horizontal",
+                    widths=0.6,
+                    boxprops=line,
+                    whiskerprops=line,
+                    capprops=line,
+                    medianprops=line | {"linewidth": 2},
+                    flierprops=flier,
+                )
             axes.set_title(title, size=11)
             axes.set(yticks=range(len(names[0])), yticklabels=names[0], xlim=xlim)
         grid[0, 0].invert_yaxis()
@@ -69,9 +80,14 @@ def boxes(
 
 
 def scatter(
-    panels: Mapping[str, tuple[Any, Any]], *, xlabel: str, ylabel: str, slopes: Mapping[str, float] | None = None,
-    truth: float | None = None, columns: int = 2,
-) -> Plot:  # fmt: skip
+    panels: Mapping[str, tuple[Any, Any]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    slopes: Mapping[str, float] | None = None,
+    truth: float | None = None,
+    columns: int = 2,
+) -> Plot:
     """Clouds of points through the origin, with their fitted line, and in grey the line that would be right.
 
     Args:

@@ -29,13 +29,26 @@ GREY = "#7a7a7a"  # contrast > 4 on white and on the dark page; also the colour 
 PALETTE = ("#1858f5", "#ba8e01", "#d11ebf", "#01a95e", "#9d4f18")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
-WIDTH, PIXELS = 5.0, 110  # inches, and CSS pixels per inch: 550 pixels wide on a desk, 10-pixel text on a phone
+WIDTH = 5.0
+PIXELS = 110  # inches, and CSS pixels per inch: 550 pixels wide on a desk, 10-pixel text on a phone
 RC: dict[str, Any] = {
-    "font.family": "DejaVu Sans", "font.size": 11, "axes.labelsize": 11, "xtick.labelsize": 10, "ytick.labelsize": 10,
-    "legend.fontsize": 10, "legend.frameon": False, "figure.facecolor": "none", "axes.facecolor": "none",
-    "savefig.facecolor": "none", "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
-    "axes.linewidth": 0.8, "lines.linewidth": 2.0, "image.interpolation": "nearest",
-} | dict.fromkeys(["text.color", "axes.labelcolor", "xtick.color", "ytick.color"], GREY)  # fmt: skip
+    "font.family": "DejaVu Sans",
+    "font.size": 11,
+    "axes.labelsize": 11,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "legend.fontsize": 10,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.linewidth": 0.8,
+    "lines.linewidth": 2.0,
+    "image.interpolation": "nearest",
+} | dict.fromkeys(["text.color", "axes.labelcolor", "xtick.color", "ytick.color"], GREY)
 
 
 def style() -> AbstractContextManager[None]:
@@ -56,7 +69,8 @@ class Plot(Figure):
 
 def png(figure: Figure) -> bytes:
     """The figure as PNG at twice the page's resolution; the same figure gives the same bytes."""
-    buffer, small = io.BytesIO(), io.BytesIO()
+    buffer = io.BytesIO()
+    small = io.BytesIO()
     with style():
         if engine := figure.get_layout_engine():
             for _ in range(3):  # the layout settles in a few rounds; then freeze it, or drawing again would move things
@@ -103,7 +117,8 @@ def name_ends(axes: Axes) -> None:
     curves = [(line, y[np.isfinite(y)][-1]) for line, y in drawn if np.isfinite(y).any()]
     ends = np.array([to_axes.transform((axes.get_xlim()[1], y))[1] for _, y in curves])
     gap = 0.2 / 2.5  # a line of text over the height of the axes, both in inches
-    order, at = np.argsort(ends), ends.copy()
+    order = np.argsort(ends)
+    at = ends.copy()
     for below, above in zip(order, order[1:], strict=False):
         at[above] = max(at[above], at[below] + gap)
     at -= max(0.0, at.max() - max(1.0, ends.max()))  # pushed up to the names of the regions: all come down again

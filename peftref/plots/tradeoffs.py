@@ -18,9 +18,15 @@ __all__ = ["tradeoff"]
 
 
 def tradeoff(
-    points: Mapping[str, tuple[float, float, float]], *, xlabel: str, ylabel: str, xscale: str = "log",
-    lines: Mapping[str, float] | None = None, ylim: tuple[float, float] | None = None, height: float = 3.8,
-) -> Plot:  # fmt: skip
+    points: Mapping[str, tuple[float, float, float]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    xscale: str = "log",
+    lines: Mapping[str, float] | None = None,
+    ylim: tuple[float, float] | None = None,
+    height: float = 3.8,
+) -> Plot:
     """Points with vertical error bars, named by colour and mark in a legend.
 
     Args:

@@ -1,3 +1,4 @@
+# ruff: noqa: I001
 # Written by `python -m tools.stubs` from the `__all__` of the modules.
 from .baselines.bn_adapt import BNAdapt as BNAdapt
 from .baselines.tent import Tent as Tent
@@ -12,6 +13,8 @@ from .core.adapted import freeze as freeze
 from .core.adapted import gradient_step as gradient_step
 from .core.adapted import norm_affine as norm_affine
 from .core.adapted import use_batch_statistics as use_batch_statistics
+from .core.graphs import Neighbours as Neighbours
+from .core.graphs import affinity as affinity
 from .core.views import RandomViews as RandomViews
 from .core.views import View as View
 from .core.views import apply_view as apply_view
@@ -33,10 +36,9 @@ from .experiments.evaluate import running_error as running_error
 from .experiments.evaluate import summary as summary
 from .lame import Assignment as Assignment
 from .lame import LAME as LAME
-from .lame import Neighbours as Neighbours
-from .lame import affinity as affinity
 from .lame import energy as energy
 from .lame import laplacian_assign as laplacian_assign
+from .lame import vote_update as vote_update
 
 __all__ = [
     "Adapted",
@@ -77,4 +79,5 @@ __all__ = [
     "running_error",
     "summary",
     "use_batch_statistics",
+    "vote_update",
 ]

@@ -170,10 +170,16 @@ class CoTTA(Adapted):
             raise ValueError("threshold: expected a number, got nan")
         if next(model.parameters(), None) is None:
             raise ValueError("model: expected at least one parameter to adapt, got none")
-        self.lr, self.momentum, self.restore_p, self.threshold = lr, momentum, restore_p, threshold
-        self.n_views, self.symmetric, self.steps = n_views, symmetric, steps
+        self.lr = lr
+        self.momentum = momentum
+        self.restore_p = restore_p
+        self.threshold = threshold
+        self.n_views = n_views
+        self.symmetric = symmetric
+        self.steps = steps
         self.views = RandomViews(seed) if views is None else views
-        self.optimizer_factory, self.seed = optimizer, seed
+        self.optimizer_factory = optimizer
+        self.seed = seed
         # Anchor and source weights are one copy; BatchNorm's running statistics are never used again.
         use_batch_statistics(self.source).requires_grad_(False)
         self.dtypes = [t.dtype for t in _tensors(self.source)]

@@ -16,7 +16,9 @@ from peftref.data import load
 from peftref.fitting import fit, predict
 from peftref.models.vit import ViT
 
-EPOCHS, RATE, SEED = 60, 1e-3, 0
+EPOCHS = 60
+RATE = 1e-3
+SEED = 0
 
 
 def main() -> None:

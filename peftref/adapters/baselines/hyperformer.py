@@ -77,9 +77,18 @@ class HyperNet(nn.Module):
     """
 
     def __init__(
-        self, d: int, tasks: int, layers: int, positions: int = 1, *, reduction: float = 8, p: int = 8, dim: int = 512,
-        hidden: int = 128, init: str = "zero",
-    ) -> None:  # fmt: skip
+        self,
+        d: int,
+        tasks: int,
+        layers: int,
+        positions: int = 1,
+        *,
+        reduction: float = 8,
+        p: int = 8,
+        dim: int = 512,
+        hidden: int = 128,
+        init: str = "zero",
+    ) -> None:
         super().__init__()
         sizes = {"d": d, "tasks": tasks, "layers": layers, "positions": positions, "dim": dim, "hidden": hidden}
         if bad := {name: size for name, size in sizes.items() if not isinstance(size, int) or size < 1}:
@@ -90,9 +99,13 @@ class HyperNet(nn.Module):
             raise ValueError(f"reduction: expected a positive number, got {reduction!r}")
         if init not in ("zero", "paper"):
             raise ValueError(f"init: expected 'zero' or 'paper', got {init!r}")
-        self.d, self.reduction, self.layers, self.positions = d, reduction, layers, positions
+        self.d = d
+        self.reduction = reduction
+        self.layers = layers
+        self.positions = positions
         self.r = max(1, int(d / reduction))
-        self.task, self.layer = nn.Parameter(torch.randn(tasks, dim)), nn.Parameter(torch.randn(layers, dim))
+        self.task = nn.Parameter(torch.randn(tasks, dim))
+        self.layer = nn.Parameter(torch.randn(layers, dim))
         self.mlp = nn.Sequential(nn.Linear(2 * dim, hidden), nn.ReLU(), nn.Linear(hidden, p))
         self.norm = nn.LayerNorm(p, eps=1e-6)
         outputs = {"D": d * self.r, "b": self.r, "U": d * self.r, "c": d}
@@ -115,12 +128,15 @@ class HyperNet(nn.Module):
 
     def forward(self, layer: int, position: int = 0, one: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """D ``(T, r, d)``, b ``(T, r)``, U ``(T, d, r)`` and c ``(T, d)`` of one place."""
-        e, write = self.embed(layer, one), cast(nn.ModuleDict, self.write[position])
+        e = self.embed(layer, one)
+        write = cast(nn.ModuleDict, self.write[position])
         # eq-vl_adapter-hyper:  D = reshape(H_D e + h_D)
         return (
-            write["D"](e).unflatten(1, (self.r, self.d)), write["b"](e),
-            write["U"](e).unflatten(1, (self.d, self.r)), write["c"](e),
-        )  # fmt: skip
+            write["D"](e).unflatten(1, (self.r, self.d)),
+            write["b"](e),
+            write["U"](e).unflatten(1, (self.d, self.r)),
+            write["c"](e),
+        )
 
 
 class Hyperformer(Adapter):
@@ -137,13 +153,20 @@ class Hyperformer(Adapter):
         ValueError: no network, one for another width or number of tasks, or a place that it does not have.
     """
 
-    kind, mergeable = "hyperformer", False
+    kind = "hyperformer"
+    mergeable = False
     options = ("layer", "position", "task_names")
 
     def __init__(
-        self, base: Layer, layer: int = 0, position: int = 0, task_names: Sequence[str] | None = None, *,
-        tasks: Tasks | None = None, hyper: HyperNet | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        base: Layer,
+        layer: int = 0,
+        position: int = 0,
+        task_names: Sequence[str] | None = None,
+        *,
+        tasks: Tasks | None = None,
+        hyper: HyperNet | None = None,
+    ) -> None:
         super().__init__()
         self.task_names = agreed_names(tasks, task_names)
         assert tasks is not None
@@ -155,7 +178,10 @@ class Hyperformer(Adapter):
         if not (0 <= layer < hyper.layers and 0 <= position < hyper.positions):
             have = f"{hyper.layers} layers and {hyper.positions} positions"
             raise ValueError(f"layer, position: expected numbers below those of {have}, got {layer} and {position}")
-        self.layer, self.position, self.tasks, self.hyper = layer, position, tasks, hyper
+        self.layer = layer
+        self.position = position
+        self.tasks = tasks
+        self.hyper = hyper
 
     def forward(self, x: Tensor, y0: Tensor, base: Layer) -> Tensor:
         D, b, U, c = self.hyper(self.layer, self.position, self.tasks.one)

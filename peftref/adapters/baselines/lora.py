@@ -98,7 +98,10 @@ class LoRA(Adapter):
             raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha!r}")
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"lora_dropout: expected a number in [0, 1), got {lora_dropout!r}")
-        self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
+        self.r = r
+        self.lora_alpha = lora_alpha
+        self.lora_dropout = lora_dropout
+        self.use_rslora = use_rslora
         self.scale = scaling(r, lora_alpha, use_rslora)
         bound = 1 / math.sqrt(base.in_features)
         ones = (1,) * (len(base.window) - 1)
@@ -106,7 +109,8 @@ class LoRA(Adapter):
         self.lora_B = _Weight(torch.zeros(base.out_features, r, *ones))
 
     def forward(self, x: Tensor, y0: Tensor, base: Layer) -> Tensor:
-        A, B = self.lora_A.weight.flatten(1), self.lora_B.weight.flatten(1)  # (r, i), (o, r)
+        A = self.lora_A.weight.flatten(1)
+        B = self.lora_B.weight.flatten(1)  # (r, i), (o, r)
         x = F.dropout(x, self.lora_dropout, self.training)
         # eq-lora-update:  dy = s (x A^T) B^T, scaled where it is thin
         return F.linear(self.scale * base.linear(x, A), B)

@@ -36,7 +36,7 @@ __all__ = ["input_rows", "record_inputs", "run", "shared_inputs", "token_mask"]
 @contextmanager
 def record_inputs(
     model: nn.Module, layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
-) -> Iterator[None]:  # fmt: skip
+) -> Iterator[None]:
     """Within the block the model is in eval mode, and ``see(name, x)`` is told what each layer is about to get.
 
     After it, or an error in it, every training flag is what it was, module by module, and the hooks are gone.
@@ -45,7 +45,8 @@ def record_inputs(
     def tell(name: str) -> Callable[..., None]:
         return lambda module, args, kwargs: see(name, args[0] if args else next(iter(kwargs.values())))
 
-    flags, hooks = [(module, module.training) for module in model.modules()], []
+    flags = [(module, module.training) for module in model.modules()]
+    hooks = []
     try:
         model.eval()
         hooks += [layer.register_forward_pre_hook(tell(n), with_kwargs=True) for n, layer in layers.items()]
@@ -72,7 +73,7 @@ def run(model: nn.Module, batch: Any) -> Any:
 
 def shared_inputs(
     model: nn.Module, layers: Mapping[str, nn.Module], batch: Any, forward: Callable[[nn.Module, Any], object] = run
-) -> list[list[str]]:  # fmt: skip
+) -> list[list[str]]:
     """One pass: the layers that get the very same tensors, and read them alike, such as queries, keys and values.
 
     Compared is the tensor, not its numbers: a copy counts as another input. A layer that is not reached is alone.
@@ -124,7 +125,8 @@ def token_mask(batch: Any, ignore: int | None = -100) -> Tensor | None:
     """
     if not isinstance(batch, Mapping):
         return None
-    mask, labels = batch.get("attention_mask"), batch.get("labels")
+    mask = batch.get("attention_mask")
+    labels = batch.get("labels")
     mask = None if mask is None or mask.ndim != 2 else mask.bool()
     if ignore is not None and labels is not None and labels.ndim == 2:
         mask = labels != ignore if mask is None else mask & (labels != ignore)

@@ -57,7 +57,9 @@ class _Tap(nn.Module):
 
     def __init__(self, child: nn.Module, name: str, inputs: dict[str, Tensor]) -> None:
         super().__init__()
-        self.child, self.name, self.inputs = child, name, inputs
+        self.child = child
+        self.name = name
+        self.inputs = inputs
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -44,9 +44,19 @@ PREFIX = "base_model.model."  # what PEFT's two wrappers put in front of every n
 HOMES = {"LORA": "lora", "MISS": "bone", "BONE": "bone"}
 # What a PEFT configuration says about other things than the function: where it came from, what it was for.
 NEUTRAL = {
-    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "megatron_core", "peft_type",
-    "peft_version", "per_layer", "revision", "runtime_config", "target_modules", "task_type",
-}  # fmt: skip
+    "auto_mapping",
+    "base_model_name_or_path",
+    "exclude_modules",
+    "inference_mode",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "per_layer",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+}
 EMPTY: tuple[object, ...] = (None, False, "none", {}, [])  # how a PEFT configuration says that an option is off
 
 
@@ -117,8 +127,10 @@ def load(model: nn.Module, path: str | Path, name: str = "default", *, freeze: b
     spec = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     kind = _kind(spec.get("peft_type"))
     _check_options(spec, kind)
-    options, own = kind.from_peft(spec), spec.get("per_layer") or {}
-    targets, exclude = spec.get("target_modules"), spec.get("exclude_modules") or ()
+    options = kind.from_peft(spec)
+    own = spec.get("per_layer") or {}
+    targets = spec.get("target_modules")
+    exclude = spec.get("exclude_modules") or ()
     layers = find(model, targets, exclude, any_module=kind.any_module)
     if spec.get("fan_in_fan_out") and not _transposed(layers.values()):
         raise ValueError("fan_in_fan_out: expected False for a model without Conv1D layers, got True")
@@ -150,10 +162,12 @@ def load(model: nn.Module, path: str | Path, name: str = "default", *, freeze: b
 
 def _write(path: str | Path, tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> None:
     """The two files in PEFT's layout."""
-    folder, text = Path(path), json.dumps(spec, indent=2, sort_keys=True)
+    folder = Path(path)
+    text = json.dumps(spec, indent=2, sort_keys=True)
     kept = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}  # no views, no shared memory
     folder.mkdir(parents=True, exist_ok=True)
-    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    config = folder / "adapter_config.json"
+    weights = folder / "adapter_model.safetensors"
     with replacing(config) as new_config, replacing(weights) as new_weights:  # both are there before either is replaced
         save_file(kept, new_weights, metadata={"format": "pt"})
         new_config.write_text(text + "\n", encoding="utf-8")

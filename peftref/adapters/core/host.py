@@ -46,7 +46,8 @@ class Host(nn.Module):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self.base_layer, self.adapters = base_layer.requires_grad_(False), nn.ModuleDict()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.adapters = nn.ModuleDict()
         self.active: list[str] = []
         self._frozen: tuple[nn.Parameter, nn.Parameter | None] | None = None
         self.training = self.adapters.training = base_layer.training
@@ -96,7 +97,8 @@ class Host(nn.Module):
     def fold(self) -> tuple[Tensor, Tensor | None]:
         """The merged weight and bias, as the module keeps them; nothing changes."""
         base = view(self.base_layer)
-        weight, bias = base.weight, base.bias
+        weight = base.weight
+        bias = base.bias
         for adapter in self._active():
             dW, db = adapter.delta(view(self.base_layer, adapter.dtype))
             weight = weight + dW.to(weight.dtype)

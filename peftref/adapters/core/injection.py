@@ -39,10 +39,16 @@ __all__ = ["activate", "adapters", "build", "inject", "install", "merge", "unloa
 
 
 def inject(
-    model: nn.Module, kind: type[Adapter], targets: str | Iterable[str], *, name: str = "default",
-    exclude: str | Iterable[str] = (), per_layer: Mapping[str, Mapping[str, Any] | None] | None = None,
-    freeze: bool = True, **options: Any,
-) -> list[str]:  # fmt: skip
+    model: nn.Module,
+    kind: type[Adapter],
+    targets: str | Iterable[str],
+    *,
+    name: str = "default",
+    exclude: str | Iterable[str] = (),
+    per_layer: Mapping[str, Mapping[str, Any] | None] | None = None,
+    freeze: bool = True,
+    **options: Any,
+) -> list[str]:
     """Put a new adapter on layers of the model, in place; it becomes the one that is active.
 
     A layer that the model has in several places gets one adapter, and is replaced in all of them.
@@ -73,9 +79,14 @@ def inject(
 
 
 def build(
-    model: nn.Module, kind: type[Adapter], targets: str | Iterable[str], *, exclude: str | Iterable[str] = (),
-    per_layer: Mapping[str, Mapping[str, Any] | None] | None = None, **options: Any,
-) -> dict[str, Adapter]:  # fmt: skip
+    model: nn.Module,
+    kind: type[Adapter],
+    targets: str | Iterable[str],
+    *,
+    exclude: str | Iterable[str] = (),
+    per_layer: Mapping[str, Mapping[str, Any] | None] | None = None,
+    **options: Any,
+) -> dict[str, Adapter]:
     """The adapters that :func:`inject` would put in, by layer; the model does not change."""
     if not (isinstance(kind, type) and issubclass(kind, Adapter)):
         raise TypeError(f"kind: expected a class of adapters, got {kind!r}")
@@ -99,7 +110,8 @@ def build(
 
 def install(model: nn.Module, new: Mapping[str, Adapter], name: str = "default", *, freeze: bool = True) -> None:
     """Put adapters of :func:`build`, which may have been changed since, into the model they were built for."""
-    modules, hosts = modules_by_name(model), _hosts(model)
+    modules = modules_by_name(model)
+    hosts = _hosts(model)
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"name: expected a name without dots that is no attribute of a ModuleDict, got {name!r}")
     if not isinstance(new, Mapping) or not new or not all(isinstance(a, Adapter) for a in new.values()):

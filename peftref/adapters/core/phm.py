@@ -101,7 +101,8 @@ class PHM(nn.Module):
             raise ValueError(f"rank: expected a positive integer, or 0 for whole matrices, got {rank}")
         self.rule = Rule(n, copies=copies) if rule is None else rule
         if rank:
-            self.left, last = nn.Parameter(_glorot(copies, n, i // n, rank)), _glorot(copies, n, rank, o // n)
+            self.left = nn.Parameter(_glorot(copies, n, i // n, rank))
+            last = _glorot(copies, n, rank, o // n)
         else:
             last = _glorot(copies, n, i // n, o // n)
         self.right = nn.Parameter(torch.zeros_like(last) if zero else last)
@@ -110,7 +111,8 @@ class PHM(nn.Module):
     def forward(self, one: int | None = None) -> tuple[Tensor, Tensor]:
         """``(T, o, i)``, as ``nn.Linear`` keeps them, and ``(T, o)``; of one task only where it is named."""
         part = slice(None) if one is None or len(self.bias) == 1 else slice(one, one + 1)
-        A, B = self.rule.A, self.right[part]
+        A = self.rule.A
+        B = self.right[part]
         if hasattr(self, "left"):
             # eq-vl_adapter-phm:  B_k = s_k t_k
             B = self.left[part] @ B  # (T, n, i / n, o / n)

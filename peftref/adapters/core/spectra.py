@@ -60,9 +60,7 @@ class Spectrum:
         return self.singular**2 / self.total if self.total > 0 else torch.zeros_like(self.singular)
 
 
-def absorb(
-    old: Spectrum | None, rows: Tensor, k: int, *, center: bool = True, lowrank: bool = False
-) -> Spectrum:  # fmt: skip
+def absorb(old: Spectrum | None, rows: Tensor, k: int, *, center: bool = True, lowrank: bool = False) -> Spectrum:
     """One step of incremental SVD (eq-eva-incremental): the spectrum of all rows so far, cut to ``k`` components.
 
     Args:
@@ -78,7 +76,8 @@ def absorb(
     _check(rows, len(old.mean) if old else None)
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k: expected a positive integer, got {k!r}")
-    n, m = len(rows), old.count if old else 0
+    n = len(rows)
+    m = old.count if old else 0
     mean = rows.mean(0) if center else rows.new_zeros(rows.shape[1])
     stack = rows - mean
     total = float(stack.square().sum())
@@ -88,7 +87,8 @@ def absorb(
         # eq-eva-incremental:  [diag(s) V; X - 1 mean; sqrt(m n / (m + n)) (mu - mean)] = U s' V'
         drift = (m * n / (m + n)) ** 0.5 * (old.mean - mean)
         stack = torch.cat([old.singular[:, None] * old.components, stack, drift[None]])  # (k + n + 1, i)
-        total, mean = old.total + total + float(drift.square().sum()), (m * old.mean + n * mean) / (m + n)
+        total = old.total + total + float(drift.square().sum())
+        mean = (m * old.mean + n * mean) / (m + n)
     if lowrank:
         singular, components = _iterate(stack, k, old)
     else:
@@ -107,7 +107,8 @@ class Moments:
     sum: Tensor
 
     def __init__(self, center: bool = True) -> None:
-        self.center, self.count = center, 0
+        self.center = center
+        self.count = 0
 
     def update(self, rows: Tensor) -> None:
         """Take ``(n, i)`` more rows in."""
@@ -116,7 +117,8 @@ class Moments:
             i = rows.shape[1]
             # All rows are taken relative to the first batch's mean, or a large mean would drown what varies.
             self.shift = rows.mean(0) if self.center else rows.new_zeros(i)
-            self.sum, self.gram = rows.new_zeros(i), rows.new_zeros(i, i)
+            self.sum = rows.new_zeros(i)
+            self.gram = rows.new_zeros(i, i)
         rows = rows - self.shift
         self.count += len(rows)
         self.sum += rows.sum(0)
@@ -126,12 +128,14 @@ class Moments:
     def spectrum(self, k: int) -> Spectrum:
         """The ``k`` leading directions; solved in float64, where the squares of small singular values survive."""
         device = "cpu" if self.gram.device.type == "mps" else self.gram.device
-        gram, total = self.gram.to(device, torch.float64), self.sum.to(device, torch.float64)
+        gram = self.gram.to(device, torch.float64)
+        total = self.sum.to(device, torch.float64)
         if self.center:
             # eq-eva-moments:  (X - 1 mu)^T (X - 1 mu) = G - t t^T / m
             gram = gram.addr(total, total, alpha=-1 / self.count)
         values, vectors = torch.linalg.eigh(gram)  # rising
-        singular, components = values.clamp_min(0).sqrt().flip(0)[:k], _signed(vectors.T.flip(0)[:k])
+        singular = values.clamp_min(0).sqrt().flip(0)[:k]
+        components = _signed(vectors.T.flip(0)[:k])
         mean = self.shift + self.sum / self.count if self.center else self.shift
         varying = float(gram.trace().clamp_min(0))
         return Spectrum(components.to(self.gram), singular.to(self.gram), mean, self.count, varying)
@@ -143,7 +147,8 @@ def agreement(new: Spectrum, old: Spectrum, r: int, *, subspace: bool = False) -
     The least signed cosine between a new component and the old one in its place; or, for spectra with equal values,
     whose components keep turning within their plane, the mean squared cosine between the subspaces.
     """
-    a, b = new.components[:r], old.components[:r]
+    a = new.components[:r]
+    b = old.components[:r]
     if len(b) < len(a):
         return 0.0
     # eq-eva-agreement:  min_j v'_j . v_j,   or   ||V' V^T||_F^2 / r

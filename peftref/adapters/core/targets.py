@@ -55,7 +55,8 @@ def find(
         TypeError: a layer of another type than Linear, Conv2d and Conv1D; names that are no strings.
         ValueError: no layer matches, or one is used without being called.
     """
-    hit, out = matches("targets", targets, model), matches("exclude", exclude, model)
+    hit = matches("targets", targets, model)
+    out = matches("exclude", exclude, model)
     aliases: dict[int, list[str]] = {}  # of a module in several places, any name will do
     for n, m in _walk(model):
         aliases.setdefault(id(m), []).append(n)

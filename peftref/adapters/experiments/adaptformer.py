@@ -54,7 +54,8 @@ BLOCKS = r"(.*\.)?blocks\.\d+"
 SIZES = [4, 16, 64]
 SCALES = [0.1, 1.0, 10.0]
 RATES = [1e-3, 1e-2, 3e-2, 1e-1, 1.0]  # of the second matrix: s^2 eta
-PLACES, SIZE_TABLE = "Table 3b: SSv2, direction", "Table 10: direction"
+PLACES = "Table 3b: SSv2, direction"
+SIZE_TABLE = "Table 10: direction"
 
 
 class Straight(AdaptFormer):
@@ -160,7 +161,8 @@ def sweep(s: float, rate: float, seed: int, task: Task, steps: int = 40) -> tupl
     """
     torch.manual_seed(seed)
     whole = fresh()
-    cached, tested = entry(whole, task.train.x, 2), entry(whole, task.test.x[:300], 2)
+    cached = entry(whole, task.train.x, 2)
+    tested = entry(whole, task.test.x[:300], 2)
     model = nn.Sequential(whole.blocks[2:], whole.norm, whole.head)
     inject(model, AdaptFormer, r"0\.\d", bottleneck=16, scale=s, dropout=0.0)
     branches = [p for a in adapters(model).values() for p in a.parameters()]

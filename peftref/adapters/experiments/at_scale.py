@@ -51,7 +51,8 @@ def held_out(data: Dataset, n_val: int = 5000, seed: int = 0) -> Task:
     if not 0 < n_val < len(data.train.y):
         raise ValueError(f"n_val: expected a number in [1, {len(data.train.y) - 1}], got {n_val}")
     order = torch.randperm(len(data.train.y), generator=torch.Generator().manual_seed(seed))
-    val, train = order[:n_val], order[n_val:]
+    val = order[:n_val]
+    train = order[n_val:]
     x, y = data.train
     return Task(data.name, Split(x[train], y[train]), Split(x[val], y[val]), data.test)
 

@@ -48,7 +48,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 MINUTES = {"smoke": 0.1, "cpu": 4, "gpu": 8}
 NEEDS = {"gpu": ("cuda", "cifar100")}
 
-LORA, BAT, GUIDE, POOLED, SHUFFLED = "LoRA, r = 4", "Bat", "guide alone", "pooled Bone", "shuffled guide"
+LORA = "LoRA, r = 4"
+BAT = "Bat"
+GUIDE = "guide alone"
+POOLED = "pooled Bone"
+SHUFFLED = "shuffled guide"
 LAYER = "blocks.0.attn.qkv"  # whose spectrum is kept
 
 
@@ -177,7 +181,8 @@ def _turned(name: str, settings: dict[str, Any]) -> list[Any]:
     kind, options = KINDS[name]
     start = upright_net(settings["upright_steps"])
     digits = load("digits")
-    x, y = _turn(digits.train.x), digits.train.y
+    x = _turn(digits.train.x)
+    y = digits.train.y
     test = _turn(digits.test.x)
 
     def fitted(lr: float, seed: int) -> nn.Module:

@@ -152,7 +152,8 @@ def _half_runs(branch: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
             net = copy.deepcopy(start)
             torch.manual_seed(seed)
             inject(net, Hydra, ["0", "2"], r_par=r_par, r_seq=r_seq)
-            x, y = half(digits.train, lower), (digits.train.y + shift) % 10
+            x = half(digits.train, lower)
+            y = (digits.train.y + shift) % 10
             learn(net, x, y, 1e-2, settings["half_steps"], seed)
             score = accuracy(net(half(digits.test, lower)), (digits.test.y + shift) % 10)
             rows.append({"task": task, "method": branch, "seed": seed, "accuracy": score})

@@ -39,8 +39,16 @@ from ..core.switch import Tasks
 from .transfer import TUNING_SEED, Task, fresh, trainable
 
 __all__ = [
-    "EVEN", "SUBLAYERS", "Heads", "MultiRun", "TaskToken", "compare_sharing", "conflict", "learn", "relabelled",
-]  # fmt: skip
+    "EVEN",
+    "SUBLAYERS",
+    "Heads",
+    "MultiRun",
+    "TaskToken",
+    "compare_sharing",
+    "conflict",
+    "learn",
+    "relabelled",
+]
 
 SUBLAYERS = r"(.*\.)?blocks\.\d+\.(attn\.proj|mlp\.fc2)"  # where the paper puts adapters: after each sub-layer
 EVEN = (1, 0) * 5  # of the digits: is it even?
@@ -48,7 +56,8 @@ EVEN = (1, 0) * 5  # of the digits: is it even?
 
 def relabelled(task: Task, labels: Sequence[int], name: str) -> Task:
     """The same images, with ``labels[c]`` for class ``c``."""
-    new, top = torch.tensor(labels), max(int(part.y.max()) for part in (task.train, task.val, task.test))
+    new = torch.tensor(labels)
+    top = max(int(part.y.max()) for part in (task.train, task.val, task.test))
     if new.ndim != 1 or len(new) <= top:
         raise ValueError(f"labels: expected one for each class from 0 to {top}, got {labels}")
     return Task(name, *(Split(part.x, new[part.y]) for part in (task.train, task.val, task.test)))
@@ -87,11 +96,14 @@ class TaskToken(Adapter):
     Put it on the patch embedding.
     """
 
-    kind, options, mergeable = "multitask", ("task_names",), False
+    kind = "multitask"
+    options = ("task_names",)
+    mergeable = False
 
     def __init__(self, base: Layer, task_names: Sequence[str] | None = None, *, tasks: Tasks) -> None:
         super().__init__()
-        self.tasks, self.task_names = tasks, list(tasks.names)
+        self.tasks = tasks
+        self.task_names = list(tasks.names)
         if task_names is not None and list(task_names) != self.task_names:
             raise ValueError(f"tasks: expected {list(task_names)}, got {self.task_names}")
         self.token = nn.Parameter(torch.zeros(len(tasks), base.out_features))
@@ -126,9 +138,16 @@ class MultiRun:
 
 
 def learn(
-    build: Callable[[nn.Module, Tasks], object], suite: Mapping[str, Task], *, lr: float, seed: int = 0,
-    steps: int = 150, batch_size: int = 64, common_head: bool = False, start: Callable[[int], nn.Module] = fresh,
-) -> MultiRun:  # fmt: skip
+    build: Callable[[nn.Module, Tasks], object],
+    suite: Mapping[str, Task],
+    *,
+    lr: float,
+    seed: int = 0,
+    steps: int = 150,
+    batch_size: int = 64,
+    common_head: bool = False,
+    start: Callable[[int], nn.Module] = fresh,
+) -> MultiRun:
     """Train what ``build`` leaves trainable, and the heads, on all tasks together, as
     :func:`peftref.adapters.experiments.transfer.adapt` trains on one. Blocks before the first that has something to
     train are computed once for each image.
@@ -169,21 +188,28 @@ def learn(
         model.train()
         losses = minimise(loss, model.parameters(), lr=lr, steps=steps)
     model.eval()
-    val, test, val_loss = {}, {}, []
+    val = {}
+    test = {}
+    val_loss = []
     for name, part in suite.items():
         tasks.use(name)
         first = _first(model, tasks)
         with torch.inference_mode():
             ours, others = (_rest(model, _start(model, p.x, frozen), frozen) for p in (part.val, part.test))
-        val[name], test[name] = accuracy(ours, part.val.y + first), accuracy(others, part.test.y + first)
+        val[name] = accuracy(ours, part.val.y + first)
+        test[name] = accuracy(others, part.test.y + first)
         val_loss.append(F.cross_entropy(ours, part.val.y + first))
     return MultiRun(model, tasks, frozen, losses, val, test, float(torch.stack(val_loss).mean()))
 
 
 def compare_sharing(
-    methods: Mapping[str, Callable[[nn.Module, Tasks], object]], suite: Mapping[str, Task], *,
-    seeds: Sequence[int] = (0, 1, 2), lrs: Sequence[float] = (3e-3, 1e-2), **options: Any,
-) -> pd.DataFrame:  # fmt: skip
+    methods: Mapping[str, Callable[[nn.Module, Tasks], object]],
+    suite: Mapping[str, Task],
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    lrs: Sequence[float] = (3e-3, 1e-2),
+    **options: Any,
+) -> pd.DataFrame:
     """Each method at the rate that was best for it on the validation images of all tasks, once for every seed.
 
     Returns:

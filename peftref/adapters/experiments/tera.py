@@ -55,7 +55,10 @@ MINUTES = {"smoke": 0.1, "cpu": 2, "gpu": 9}
 NEEDS = {"gpu": ("cuda", "cifar100")}
 
 ATTENTION = r"blocks\.\d+\.attn\.(qkv|proj)"
-WHOLE, SPLIT, BOTH, IDENTITY = "TeRA, (o; i)", "TeRA, (o; 2 modes)", "TeRA, both sides", "TeRA, identity"
+WHOLE = "TeRA, (o; i)"
+SPLIT = "TeRA, (o; 2 modes)"
+BOTH = "TeRA, both sides"
+IDENTITY = "TeRA, identity"
 
 
 def _tera(**options: Any) -> Callable[[nn.Module, int], object]:
@@ -188,7 +191,8 @@ def adapted(base: nn.Module, name: str, lr: float, seed: int, steps: int = 250) 
 def _digit_runs(name: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
     digits = load("digits")
     base = upright_net(settings["start_steps"])
-    x, y = turned(digits.train.x)[400:600], digits.train.y[400:600]
+    x = turned(digits.train.x)[400:600]
+    y = digits.train.y[400:600]
 
     def score(lr: float) -> float:
         return accuracy(adapted(base, name, lr, 100, settings["steps"])(x), y)

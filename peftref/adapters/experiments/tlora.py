@@ -72,7 +72,9 @@ def _fit_claim(what: str, one: str, other: str, where: str = "ours") -> Claim:
     return Claim(what, one, other, where, None, "below", "left")
 
 
-STAR, RANK_4, RANK_5 = "TLoRA*(1, 4)", "best LoRA, r = 4", "best LoRA, r = 5"
+STAR = "TLoRA*(1, 4)"
+RANK_4 = "best LoRA, r = 4"
+RANK_5 = "best LoRA, r = 5"
 FIT_CLAIMS = {
     "qkv": [
         _fit_claim("qkv: T before LoRA - one more rank", STAR, RANK_5, SIMULATION),

@@ -35,9 +35,21 @@ from ..core.host import Host
 from ..core.layers import view
 
 __all__ = [
-    "LINEARS", "LRS", "SHIFTS", "Run", "Task", "adapt", "compare", "fresh", "full",
-    "probe", "shifted", "summary", "trainable", "update_rank",
-]  # fmt: skip
+    "LINEARS",
+    "LRS",
+    "SHIFTS",
+    "Run",
+    "Task",
+    "adapt",
+    "compare",
+    "fresh",
+    "full",
+    "probe",
+    "shifted",
+    "summary",
+    "trainable",
+    "update_rank",
+]
 
 LINEARS = r"(.*\.)?blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"  # every matrix inside the blocks, timm's too
 LRS = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -79,7 +91,8 @@ def shifted(name: str, n_train: int = 800, n_val: int = 200, seed: int = 0) -> T
         have = len(data.train.y)
         raise ValueError(f"n_train, n_val: expected positive numbers, {have} at most in all, got {n_train} and {n_val}")
     order = torch.randperm(len(data.train.y), generator=torch.Generator().manual_seed(seed))
-    train, val = order[:n_train], order[n_train : n_train + n_val]
+    train = order[:n_train]
+    val = order[n_train : n_train + n_val]
     return Task(
         name,
         Split(change(data.train.x[train]), data.train.y[train]),
@@ -127,9 +140,16 @@ class Run:
 
 
 def adapt(
-    build: Callable[[nn.Module], object], task: Task, *, lr: float, seed: int = 0, steps: int = 100,
-    batch_size: int = 32, start: Callable[[int], nn.Module] = fresh, device: torch.device | str = "cpu",
-) -> Run:  # fmt: skip
+    build: Callable[[nn.Module], object],
+    task: Task,
+    *,
+    lr: float,
+    seed: int = 0,
+    steps: int = 100,
+    batch_size: int = 32,
+    start: Callable[[int], nn.Module] = fresh,
+    device: torch.device | str = "cpu",
+) -> Run:
     """Train what ``build`` leaves trainable, and the head, by :func:`train`.
 
     Args:
@@ -156,9 +176,13 @@ def adapt(
 
 
 def compare(
-    methods: Mapping[str, Callable[[nn.Module], object]], task: Task, *, seeds: Sequence[int] = (0, 1, 2),
-    lrs: Sequence[float] = LRS, **options: Any,
-) -> pd.DataFrame:  # fmt: skip
+    methods: Mapping[str, Callable[[nn.Module], object]],
+    task: Task,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    lrs: Sequence[float] = LRS,
+    **options: Any,
+) -> pd.DataFrame:
     """Each method at the learning rate that was best for it on the validation images, once for every seed.
 
     The rate is chosen in runs of their own, by accuracy and, between equals, by loss; ``options`` go to :func:`adapt`.
@@ -177,10 +201,18 @@ def compare(
         lr = best_rate(lrs, score)
         for seed in seeds:
             run = adapt(build, task, lr=lr, seed=seed, **options)
-            rows.append({
-                "method": name, "seed": seed, "lr": lr, "accuracy": run.test, "loss": run.losses[-10:].mean().item(),
-                "trainable": trainable(run.model), "rank": update_rank(run.model), "ms": 1e3 * run.seconds,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "method": name,
+                    "seed": seed,
+                    "lr": lr,
+                    "accuracy": run.test,
+                    "loss": run.losses[-10:].mean().item(),
+                    "trainable": trainable(run.model),
+                    "rank": update_rank(run.model),
+                    "ms": 1e3 * run.seconds,
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -205,7 +237,8 @@ def update_rank(model: nn.Module, rtol: float = 1e-5) -> float:
     Args:
         rtol: singular values below this share of the largest count as zero (1e-5: float32's rounding is smaller).
     """
-    hosts, ranks = [m for m in model.modules() if isinstance(m, Host)], []
+    hosts = [m for m in model.modules() if isinstance(m, Host)]
+    ranks = []
     linear = all(host.adapters[name].mergeable for host in hosts for name in host.active)
     if not linear or (trainable(model) and not hosts):
         return float("nan")

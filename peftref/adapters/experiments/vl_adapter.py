@@ -65,7 +65,8 @@ MINUTES = {"smoke": 0.1, "cpu": 3, "gpu": 9}
 NEEDS = {"gpu": ("cuda", "cifar100")}
 
 LAST = r"blocks\.[23]\.(attn\.proj|mlp\.fc2)"  # the first two blocks are computed once for each image
-SMALL_TASK, LARGE_TASK = "Table 1: NLVR2, VL-BART", "Table 1: VQA, VL-BART"
+SMALL_TASK = "Table 1: NLVR2, VL-BART"
+LARGE_TASK = "Table 1: VQA, VL-BART"
 CLAIMS = (
     Claim("small task: single - multiple", "single", "multiple", SMALL_TASK, 4.4, column="even"),
     Claim("large task: single - multiple", "single", "multiple", LARGE_TASK, 0.5, column="turned"),

@@ -58,9 +58,7 @@ from ..core.rule import FineTune
 __all__ = ["EWC", "diagonal_fisher", "ewc_penalty"]
 
 
-def diagonal_fisher(
-    model: nn.Module, x: Tensor, y: Tensor | None = None, *, chunk_size: int = 50
-) -> dict[str, Tensor]:  # fmt: skip
+def diagonal_fisher(model: nn.Module, x: Tensor, y: Tensor | None = None, *, chunk_size: int = 50) -> dict[str, Tensor]:
     """Mean squared derivative of the log-likelihood by each trainable weight, ``name -> F``, shaped like the weight.
 
     The network is measured in eval mode, where the samples of a batch do not act on each other, and left as it was.
@@ -141,9 +139,7 @@ class EWC(FineTune):
         ValueError: a number out of range.
     """
 
-    def __init__(
-        self, strength: float, *, decay: float = 1.0, empirical: bool = True, chunk_size: int = 50
-    ) -> None:  # fmt: skip
+    def __init__(self, strength: float, *, decay: float = 1.0, empirical: bool = True, chunk_size: int = 50) -> None:
         super().__init__()
         if not 0 <= strength < math.inf:
             raise ValueError(f"strength: expected a finite number >= 0, got {strength}")
@@ -151,7 +147,10 @@ class EWC(FineTune):
             raise ValueError(f"decay: expected a number in [0, 1], got {decay}")
         if chunk_size < 1:
             raise ValueError(f"chunk_size: expected a positive number, got {chunk_size}")
-        self.strength, self.decay, self.empirical, self.chunk_size = strength, decay, empirical, chunk_size
+        self.strength = strength
+        self.decay = decay
+        self.empirical = empirical
+        self.chunk_size = chunk_size
         self.fisher: dict[str, Tensor] = {}
         self.anchor: dict[str, Tensor] = {}
 

@@ -46,9 +46,15 @@ def er_loss(new: Tensor, y: Tensor, old: Tensor, y_old: Tensor) -> Tensor:
 
 
 def derpp_loss(
-    new: Tensor, y: Tensor, first: Tensor, stored: Tensor, second: Tensor, y_second: Tensor,
-    alpha: float = 0.1, beta: float = 0.5,
-) -> Tensor:  # fmt: skip
+    new: Tensor,
+    y: Tensor,
+    first: Tensor,
+    stored: Tensor,
+    second: Tensor,
+    y_second: Tensor,
+    alpha: float = 0.1,
+    beta: float = 0.5,
+) -> Tensor:
     """Logits of the new batch and of two draws, the first beside its stored logits, the second beside its labels."""
     if first.shape != stored.shape:  # which mean((f - z)^2) would broadcast
         raise ValueError(f"first, stored: expected one shape, got {tuple(first.shape)} and {tuple(stored.shape)}")
@@ -92,7 +98,9 @@ class Rehearsal(FineTune):
             raise TypeError(f"buffer: expected a Reservoir, got {type(buffer).__name__}")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size: expected a positive number, got {batch_size!r}")
-        self.buffer, self.batch_size, self.forwards = buffer, batch_size, forwards
+        self.buffer = buffer
+        self.batch_size = batch_size
+        self.forwards = forwards
 
     def observe(self, x: Tensor, y: Tensor) -> None:
         self.buffer.add(x, y)
@@ -134,13 +142,18 @@ class DERpp(Rehearsal):
     """
 
     def __init__(
-        self, buffer: Reservoir, batch_size: int = 10, alpha: float = 0.1, beta: float = 0.5,
+        self,
+        buffer: Reservoir,
+        batch_size: int = 10,
+        alpha: float = 0.1,
+        beta: float = 0.5,
         forwards: Literal["one", "each"] = "one",
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(buffer, batch_size, forwards)
         if not (0 <= alpha < math.inf and 0 <= beta < math.inf):
             raise ValueError(f"alpha, beta: expected finite numbers >= 0, got {alpha} and {beta}")
-        self.alpha, self.beta = alpha, beta
+        self.alpha = alpha
+        self.beta = beta
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         if not len(self.buffer):

@@ -52,7 +52,8 @@ class DynamicHead(nn.Module):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        self.features, self.classes = features, 0
+        self.features = features
+        self.classes = 0
         self.blocks = nn.ModuleList()
 
     def grow(self, classes: int, like: Tensor | None = None) -> range:

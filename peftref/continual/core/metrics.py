@@ -19,9 +19,16 @@ from torch import Tensor
 from .streams import Task
 
 __all__ = [
-    "average_accuracy", "average_incremental", "backward_transfer", "evaluate", "forgetting", "forward_transfer",
-    "last_accuracy", "plasticity", "summary",
-]  # fmt: skip
+    "average_accuracy",
+    "average_incremental",
+    "backward_transfer",
+    "evaluate",
+    "forgetting",
+    "forward_transfer",
+    "last_accuracy",
+    "plasticity",
+    "summary",
+]
 
 
 @torch.no_grad()

@@ -137,7 +137,8 @@ class Prefix(Adapter):
         if isinstance(length, bool) or not isinstance(length, int) or length < 0:
             raise ValueError(f"length: expected an integer from 0 on, got {length!r}")
         _check(base.module)
-        self.length, self.compensate = length, compensate
+        self.length = length
+        self.compensate = compensate
         d = base.module.qkv.out_features // 3
         self.p_k, self.p_v = (nn.Parameter(torch.empty(length, d).uniform_(0, 0.01)) for _ in range(2))
         self.s_k, self.s_v = (nn.Parameter(torch.ones(())) for _ in range(2))
@@ -171,9 +172,14 @@ class AttentionHost(Host):
 
 
 def inject_prefix(
-    model: nn.Module, targets: str | Iterable[str], *, name: str = "default", freeze: bool = True,
-    length: int = 10, compensate: bool = True,
-) -> list[str]:  # fmt: skip
+    model: nn.Module,
+    targets: str | Iterable[str],
+    *,
+    name: str = "default",
+    freeze: bool = True,
+    length: int = 10,
+    compensate: bool = True,
+) -> list[str]:
     """Put a prefix into attentions of the model, in place; what :func:`~peftref.adapters.core.injection.inject` is for
     others.
 

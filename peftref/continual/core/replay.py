@@ -37,7 +37,8 @@ class Reservoir:
     def __init__(self, size: int, seed: int = 0) -> None:
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"size: expected a positive integer, got {size!r}")
-        self.size, self.seen = size, 0
+        self.size = size
+        self.seen = 0
         self.rows: tuple[Tensor, ...] = ()
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -85,6 +86,9 @@ class Reservoir:
         rows = tuple(state[f"rows.{i}"].clone() for i in range(len(state) - 2))
         if any(len(held) != self.size for held in rows):
             raise ValueError(f"state: expected a buffer of {self.size} samples, got {[len(t) for t in rows]}")
-        generator, seen = torch.Generator(), int(state["seen"])
+        generator = torch.Generator()
+        seen = int(state["seen"])
         generator.set_state(state["generator"])  # may fail: before anything is taken over
-        self.rows, self.seen, self.generator = rows, seen, generator
+        self.rows = rows
+        self.seen = seen
+        self.generator = generator

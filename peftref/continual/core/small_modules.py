@@ -84,8 +84,10 @@ class ParallelAdapter(Adapter):
             raise ValueError(f"hidden: expected a positive integer, or a share of {d} that gives one, got {hidden!r}")
         if placement not in PLACEMENTS:
             raise ValueError(f"placement: expected one of {PLACEMENTS}, got {placement!r}")
-        self.hidden, self.placement = hidden, placement
-        self.down, self.up = nn.Linear(d, units), nn.Linear(units, d)  # down: as Linear draws it, kaiming with a^2 = 5
+        self.hidden = hidden
+        self.placement = placement
+        self.down = nn.Linear(d, units)
+        self.up = nn.Linear(units, d)  # down: as Linear draws it, kaiming with a^2 = 5
         self.s = nn.Parameter(torch.ones(()))
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
@@ -123,7 +125,8 @@ class KVLoRA(Adapter):
             raise ValueError(f"r: expected a positive integer, got {r!r}")
         if base.out_features % 3:
             raise ValueError(f"base: expected queries, keys and values side by side, got {base.out_features} outputs")
-        self.r, bound = r, 1 / math.sqrt(base.in_features)
+        self.r = r
+        bound = 1 / math.sqrt(base.in_features)
         self.A_k, self.A_v = (nn.Parameter(torch.empty(r, base.in_features).uniform_(-bound, bound)) for _ in range(2))
         self.B_k, self.B_v = (nn.Parameter(torch.zeros(base.out_features // 3, r)) for _ in range(2))
         self.s_k, self.s_v = (nn.Parameter(torch.ones(())) for _ in range(2))
@@ -131,12 +134,14 @@ class KVLoRA(Adapter):
     def forward(self, x: Tensor, y0: Tensor, base: Layer) -> Tensor:
         # eq-lae-kvlora:  (0, s_k (x A_k^T) B_k^T, s_v (x A_v^T) B_v^T), never a d x d matrix
         k, v = base.linear(x, torch.cat([self.A_k, self.A_v])).chunk(2, -1)  # (..., r) each
-        k, v = F.linear(self.s_k * k, self.B_k), F.linear(self.s_v * v, self.B_v)  # (..., o / 3) each
+        k = F.linear(self.s_k * k, self.B_k)
+        v = F.linear(self.s_v * v, self.B_v)  # (..., o / 3) each
         return F.pad(torch.cat([k, v], -1), (k.shape[-1], 0))
 
     def delta(self, base: Layer) -> tuple[Tensor, None]:
         # eq-lae-kvlora
-        k, v = self.s_k * self.B_k @ self.A_k, self.s_v * self.B_v @ self.A_v
+        k = self.s_k * self.B_k @ self.A_k
+        v = self.s_v * self.B_v @ self.A_v
         return torch.cat([torch.zeros_like(k), k, v]), None
 
 
@@ -155,7 +160,8 @@ class Experts(Adapter):
 
     def __init__(self, *members: Adapter) -> None:
         super().__init__()
-        self.members, self.tap = members, members[0].tap  # a tuple: no children, so no weight is there twice
+        self.members = members
+        self.tap = members[0].tap  # a tuple: no children, so no weight is there twice
 
     @property
     def dtype(self) -> torch.dtype:

@@ -114,11 +114,10 @@ def task_of(tasks: Sequence[Task]) -> Tensor:
     return torch.tensor([owner[k] for k in sorted(owner)])
 
 
-def _split(
-    data: Split, k: int, per_class: int | None, val: float, generator: torch.Generator
-) -> tuple[Split, Split]:  # fmt: skip
+def _split(data: Split, k: int, per_class: int | None, val: float, generator: torch.Generator) -> tuple[Split, Split]:
     """The same share of every class held out, then the first ``per_class`` of the rest."""
-    kept, held = [], []
+    kept = []
+    held = []
     for c in range(k):
         rows = (data.y == c).nonzero()[:, 0]
         if per_class is not None or val:

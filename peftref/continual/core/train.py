@@ -33,10 +33,18 @@ Optimizer = Callable[..., torch.optim.Optimizer]
 
 
 def learn(
-    model: nn.Module, tasks: Sequence[Task], rule: FineTune, *, lr: float, batch_size: int = 10, epochs: int = 1,
-    seed: int = 0, optimizer: Optimizer = torch.optim.SGD,
-    before: Callable[[int], None] = lambda t: None, after: Callable[[int], None] = lambda t: None,
-) -> Tensor:  # fmt: skip
+    model: nn.Module,
+    tasks: Sequence[Task],
+    rule: FineTune,
+    *,
+    lr: float,
+    batch_size: int = 10,
+    epochs: int = 1,
+    seed: int = 0,
+    optimizer: Optimizer = torch.optim.SGD,
+    before: Callable[[int], None] = lambda t: None,
+    after: Callable[[int], None] = lambda t: None,
+) -> Tensor:
     """Train ``model`` in place on one task after the other and test it on all of them after each.
 
     Args:
@@ -58,7 +66,8 @@ def learn(
     _check(model, tasks, lr=lr, batch_size=batch_size, epochs=epochs)
     generator = torch.Generator().manual_seed(seed)
     steps = optimizer([p for p in model.parameters() if p.requires_grad], lr=lr)
-    rows, classes = [], 0
+    rows = []
+    classes = 0
     for t, task in enumerate(tasks):
         classes = max(classes, task.classes.stop)
         rule.begin_task(t, classes)
@@ -77,9 +86,15 @@ def learn(
 
 
 def joint(
-    model: nn.Module, tasks: Sequence[Task], *, lr: float, batch_size: int = 10, epochs: int = 1, seed: int = 0,
+    model: nn.Module,
+    tasks: Sequence[Task],
+    *,
+    lr: float,
+    batch_size: int = 10,
+    epochs: int = 1,
+    seed: int = 0,
     optimizer: Optimizer = torch.optim.SGD,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The upper bound: all tasks mixed, by the same steps. Returns the accuracy on each task in %, ``(T,)``."""
     _check(model, tasks, lr=lr, batch_size=batch_size, epochs=epochs)
     x, y = (torch.cat(parts) for parts in zip(*(task.train for task in tasks), strict=True))

@@ -36,7 +36,8 @@ from ..core.train import learn
 
 __all__ = ["adab2n", "augment", "batch_norm", "cifar_resnet18", "exchange", "run_at_scale", "three_passes"]
 
-CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2615)
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2470, 0.2435, 0.2615)
 Before = Callable[[int], None]
 Method = Callable[[nn.Module, FineTune, Sequence[Task]], Before]
 
@@ -58,9 +59,11 @@ def augment(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
     b, c, h, w = x.shape
     down, right = torch.randint(2 * pad + 1, (2, b, 1), generator=generator)
     mirror = torch.rand(b, 1, generator=generator) < 0.5
-    row, column = down + torch.arange(h), right + torch.arange(w)  # (B, H), (B, W): where each pixel comes from
+    row = down + torch.arange(h)
+    column = right + torch.arange(w)  # (B, H), (B, W): where each pixel comes from
     column = torch.where(mirror, column.flip(1), column)
-    image, channel = torch.arange(b).view(-1, 1, 1, 1), torch.arange(c).view(-1, 1, 1)
+    image = torch.arange(b).view(-1, 1, 1, 1)
+    channel = torch.arange(c).view(-1, 1, 1)
     at = (image, channel, row[:, None, :, None], column[:, None, None, :])
     return F.pad(x, (pad, pad, pad, pad))[tuple(i.to(x.device) for i in at)]
 
@@ -98,10 +101,17 @@ def adab2n(kappa: float, strength: float, start: int = 0, renormalize: bool = Fa
 
 
 def run_at_scale(
-    build: Callable[[], nn.Module], tasks: Sequence[Task], methods: Mapping[str, Method], *, buffer: int = 500,
-    lr: float = 0.03, alpha: float = 0.2, beta: float = 0.5, seeds: Sequence[int] = (0, 1, 2),
+    build: Callable[[], nn.Module],
+    tasks: Sequence[Task],
+    methods: Mapping[str, Method],
+    *,
+    buffer: int = 500,
+    lr: float = 0.03,
+    alpha: float = 0.2,
+    beta: float = 0.5,
+    seeds: Sequence[int] = (0, 1, 2),
     device: torch.device | str | None = None,
-) -> pd.DataFrame:  # fmt: skip
+) -> pd.DataFrame:
     """Each method on the same stream, from the same weights of each seed.
 
     Args:
@@ -117,7 +127,8 @@ def run_at_scale(
         says with what.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    moved, rows = [task.to(device) for task in tasks], {}
+    moved = [task.to(device) for task in tasks]
+    rows = {}
     for name, method in methods.items():
         for seed in seeds:
             with torch.random.fork_rng():
@@ -129,11 +140,21 @@ def run_at_scale(
             rows[name, seed] = summary(learn(net.to(device), moved, rule, lr=lr, seed=seed, before=before))
     found = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["method", "seed"])
     found.attrs["protocol"] = {
-        "tasks": [list(task.names) for task in tasks], "train": sum(len(task.train.y) for task in tasks),
-        "test": sum(len(task.test.y) for task in tasks), "rule": "DER++", "buffer": buffer, "lr": lr, "alpha": alpha,
-        "beta": beta, "batch_size": 10, "epochs": 1, "seeds": list(seeds), "weights": None, "torch": torch.__version__,
+        "tasks": [list(task.names) for task in tasks],
+        "train": sum(len(task.train.y) for task in tasks),
+        "test": sum(len(task.test.y) for task in tasks),
+        "rule": "DER++",
+        "buffer": buffer,
+        "lr": lr,
+        "alpha": alpha,
+        "beta": beta,
+        "batch_size": 10,
+        "epochs": 1,
+        "seeds": list(seeds),
+        "weights": None,
+        "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }  # fmt: skip
+    }
     return found
 
 

@@ -36,9 +36,12 @@ __all__ = ["Method", "PaperCNN", "as_published", "full_mnist", "published_switch
 
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 COLUMNS = [
-    "first, before (%)", "first, after (%)", "second, after (%)",
-    "first, after, as published (%)", "second, after, as published (%)",
-]  # fmt: skip
+    "first, before (%)",
+    "first, after (%)",
+    "second, after (%)",
+    "first, after, as published (%)",
+    "second, after, as published (%)",
+]
 
 
 class Method(NamedTuple):
@@ -77,11 +80,20 @@ class PaperCNN(nn.Sequential):
     def __init__(self, width: int = 32, side: int = 28, mean: float = 0.1307, std: float = 0.3081) -> None:
         self_side = (side - 4) // 2
         super().__init__(
-            nn.Conv2d(1, width, 3), nn.ReLU(), nn.Conv2d(width, 2 * width, 3), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Dropout2d(0.25), nn.Flatten(), nn.Linear(2 * width * self_side**2, 4 * width), nn.ReLU(),
-            nn.Dropout(0.5), nn.Linear(4 * width, 10),
-        )  # fmt: skip
-        self.mean, self.std = mean, std
+            nn.Conv2d(1, width, 3),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Dropout2d(0.25),
+            nn.Flatten(),
+            nn.Linear(2 * width * self_side**2, 4 * width),
+            nn.ReLU(),
+            nn.Dropout(0.5),
+            nn.Linear(4 * width, 10),
+        )
+        self.mean = mean
+        self.std = std
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = super().forward((x - self.mean) / self.std)  # type: ignore[no-untyped-call]  # nn.Sequential
@@ -98,7 +110,8 @@ def full_mnist(root: str | Path) -> Dataset:
         FileNotFoundError: they are in neither.
         ValueError: a file is damaged, or there are other labels than images.
     """
-    folders, digest = [Path(root) / "MNIST" / "raw", Path(root)], hashlib.sha256()
+    folders = [Path(root) / "MNIST" / "raw", Path(root)]
+    digest = hashlib.sha256()
     for folder in folders:
         found = [next((p for p in (folder / f, folder / f"{f}.gz") if p.is_file()), None) for f in FILES]
         if None in found:
@@ -131,10 +144,15 @@ def as_published(model: nn.Module, split: Split, *, batch_size: int = 1000) -> f
 
 
 def run_at_scale(
-    tasks: Sequence[Task], methods: Mapping[str, Method], *, model: Callable[[], nn.Module] = PaperCNN,
-    epochs: Sequence[int] = (4, 1), batch_size: int = 32, seeds: Iterable[int] = (0,),
+    tasks: Sequence[Task],
+    methods: Mapping[str, Method],
+    *,
+    model: Callable[[], nn.Module] = PaperCNN,
+    epochs: Sequence[int] = (4, 1),
+    batch_size: int = 32,
+    seeds: Iterable[int] = (0,),
     device: torch.device | str | None = None,
-) -> pd.DataFrame:  # fmt: skip
+) -> pd.DataFrame:
     """Learn two tasks one after the other, with each method and seed.
 
     Args:
@@ -151,14 +169,16 @@ def run_at_scale(
     """
     if len(tasks) != 2 or len(epochs) != 2:
         raise ValueError(f"tasks, epochs: expected two of each, got {len(tasks)} and {len(epochs)}")
-    device, seeds = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), list(seeds)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    seeds = list(seeds)
     first, second = (task.to(device) for task in tasks)
     rows = {}
     for name, method in methods.items():
         for seed in seeds:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                net, rule = model().to(device), method.rule()
+                net = model().to(device)
+                rule = method.rule()
                 optimizer = method.optimizer(net.parameters())
                 generator = torch.Generator().manual_seed(seed)
                 _learn(net, rule, optimizer, 0, first, batch_size, epochs[0], generator)
@@ -170,18 +190,28 @@ def run_at_scale(
             rows[name, seed] = [before.item(), *after.tolist(), *published]
     found = pd.DataFrame(rows, index=COLUMNS).T.rename_axis(["method", "seed"])
     found.attrs["protocol"] = {
-        "train": [len(task.train.y) for task in tasks], "test": [len(task.test.y) for task in tasks],
-        "epochs": list(epochs), "batch_size": batch_size, "methods": list(methods), "seeds": seeds,
+        "train": [len(task.train.y) for task in tasks],
+        "test": [len(task.test.y) for task in tasks],
+        "epochs": list(epochs),
+        "batch_size": batch_size,
+        "methods": list(methods),
+        "seeds": seeds,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }  # fmt: skip
+    }
     return found
 
 
 def _learn(
-    net: nn.Module, rule: FineTune, optimizer: torch.optim.Optimizer, number: int, task: Task, batch_size: int,
-    epochs: int, generator: torch.Generator,
-) -> None:  # fmt: skip
+    net: nn.Module,
+    rule: FineTune,
+    optimizer: torch.optim.Optimizer,
+    number: int,
+    task: Task,
+    batch_size: int,
+    epochs: int,
+    generator: torch.Generator,
+) -> None:
     """One task; the network is left in eval mode."""
     rule.begin_task(number, task.classes.stop)
     net.train()

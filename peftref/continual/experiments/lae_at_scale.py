@@ -50,7 +50,8 @@ class Centred(nn.Module):
     def __init__(self, model: nn.Module, size: int) -> None:
         super().__init__()
         self.model: Any = model  # speaks timm's protocol, of which nn.Module says nothing
-        self.size, self.num_features = size, model.num_features
+        self.size = size
+        self.num_features = model.num_features
 
     def forward_features(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.size:
@@ -78,20 +79,35 @@ def random_crop(x: Tensor, size: int, generator: torch.Generator, smallest: floa
         generator: on the CPU.
     """
     area, aspect, dx, dy, flip = torch.rand(5, len(x), generator=generator)
-    area, aspect = smallest + (1 - smallest) * area, (math.log(4 / 3) * (2 * aspect - 1)).exp()
+    area = smallest + (1 - smallest) * area
+    aspect = (math.log(4 / 3) * (2 * aspect - 1)).exp()
     w, h = ((area * a).sqrt().clamp(max=1.0) for a in (aspect, 1 / aspect))  # sides, as shares of the image's
-    zero, mirrored = torch.zeros(len(x)), torch.where(flip < 0.5, -1.0, 1.0)
+    zero = torch.zeros(len(x))
+    mirrored = torch.where(flip < 0.5, -1.0, 1.0)
     rows = [mirrored * w, zero, (2 * dx - 1) * (1 - w), zero, h, (2 * dy - 1) * (1 - h)]
     grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), [len(x), 1, size, size], align_corners=False)
     return F.grid_sample(x, grid.to(x), mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def run_at_scale(
-    model: nn.Module, data: Dataset, pet: str = "Adapter", *, tasks: int = 10, blocks: Sequence[int] = range(5),
-    size: int = 224, alpha: float = 0.9999, lr: float = 0.0028125, epochs: int = 5, frozen_epochs: int = 3,
-    batch_size: int = 24, augmented: bool = True, limit: int | None = None, test_limit: int | None = None,
-    device: torch.device | str | None = None, seed: int = 0,
-) -> pd.DataFrame:  # fmt: skip
+    model: nn.Module,
+    data: Dataset,
+    pet: str = "Adapter",
+    *,
+    tasks: int = 10,
+    blocks: Sequence[int] = range(5),
+    size: int = 224,
+    alpha: float = 0.9999,
+    lr: float = 0.0028125,
+    epochs: int = 5,
+    frozen_epochs: int = 3,
+    batch_size: int = 24,
+    augmented: bool = True,
+    limit: int | None = None,
+    test_limit: int | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
     """One stream, from the first task to the last.
 
     Args:
@@ -118,34 +134,54 @@ def run_at_scale(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     PETS[pet](model.eval(), rf"blocks\.({'|'.join(map(str, blocks))})\.attn")
     learner = LAE(Centred(model, size).to(device), alpha=alpha, lr=lr)
-    generator, rows, seen = torch.Generator().manual_seed(seed), [], []
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    seen = []
     augment = (lambda x: random_crop(x, size, generator)) if augmented else None
     for t, task in enumerate(class_incremental(data, tasks, per_class=limit)):
         task = task.to(device)
         learner.begin_task(len(task.classes))
         learner.learn(
-            task.train, generator=generator, epochs=epochs, frozen_epochs=frozen_epochs if t else 0,
-            batch_size=batch_size, augment=augment,
-        )  # fmt: skip
+            task.train,
+            generator=generator,
+            epochs=epochs,
+            frozen_epochs=frozen_epochs if t else 0,
+            batch_size=batch_size,
+            augment=augment,
+        )
         seen.append(_first(task.test, test_limit))
         rows.append(_accuracies(learner, seen))
     table = pd.DataFrame(rows, columns=["online (%)", "offline (%)", "ensemble (%)"])
     table.index = pd.RangeIndex(1, len(rows) + 1, name="tasks learned")
     table.attrs["protocol"] = {
-        "data": data.name, "sha256": data.sha256, "pet": pet, "tasks": tasks, "blocks": list(blocks), "size": size,
-        "alpha": alpha, "lr": lr, "epochs": epochs, "frozen_epochs": frozen_epochs, "batch_size": batch_size,
-        "augmented": augmented, "limit": limit, "seed": seed, "torch": torch.__version__,
+        "data": data.name,
+        "sha256": data.sha256,
+        "pet": pet,
+        "tasks": tasks,
+        "blocks": list(blocks),
+        "size": size,
+        "alpha": alpha,
+        "lr": lr,
+        "epochs": epochs,
+        "frozen_epochs": frozen_epochs,
+        "batch_size": batch_size,
+        "augmented": augmented,
+        "limit": limit,
+        "seed": seed,
+        "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }  # fmt: skip
+    }
     return table
 
 
 def _accuracies(learner: LAE, splits: Sequence[Split]) -> list[float]:
-    right, count = torch.zeros(3, dtype=torch.double), 0
+    right = torch.zeros(3, dtype=torch.double)
+    count = 0
     for x, y in ((x, y) for s in splits for x, y in zip(s.x.split(100), s.y.split(100), strict=True)):
         logits = learner.experts(x)
         found = torch.stack([logits[0], logits[-1], vote(logits)]).argmax(-1)
-        right, count = right + (found == y).sum(1).cpu(), count + len(y)
+        right = right + (found == y).sum(1).cpu()
+        count = count + len(y)
     return (100 * right / count).tolist()
 
 

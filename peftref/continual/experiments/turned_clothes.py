@@ -107,7 +107,8 @@ def learned(
     stream = class_incremental(data, TASKS, seed=seed, per_class=per_class, val=0.1)[:tasks]
     shown = [_thinned(stream[: t + 1], part, every) for t in range(tasks)]
     generator = torch.Generator().manual_seed(seed)
-    found, ends = [], []
+    found = []
+    ends = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         learner = Watched(put(pet, pretrained_vit()), alpha=alpha_for(KEPT, steps), lr=lr, local=local)
@@ -115,7 +116,8 @@ def learned(
             learner.begin_task(len(task.classes))
             still, moving = (frozen, epochs) if t else (0, FIRST)
             if not train:
-                still, moving = frozen + FIRST, 0
+                still = frozen + FIRST
+                moving = 0
             learner.learn(task.train, epochs=still + moving, frozen_epochs=still, generator=generator)
             found.append(scores(learner.experts(shown[t].x), shown[t].y, t))
             ends.append(len(learner.path))

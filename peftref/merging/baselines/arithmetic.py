@@ -118,7 +118,8 @@ def fisher_wise_ft(alpha: float, fisher0: State, fisher1: State, floor: float = 
     Raises:
         ValueError: ``alpha`` outside [0, 1], ``floor`` not positive; at the merge, a name or shape without information.
     """
-    (alpha,), (floor,) = _finite("alpha", alpha), _finite("floor", floor)
+    (alpha,) = _finite("alpha", alpha)
+    (floor,) = _finite("floor", floor)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
     if floor <= 0:

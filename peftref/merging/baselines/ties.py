@@ -42,9 +42,15 @@ BITS = 15  # of a float32 magnitude that one reading settles: 31 bits in two rea
 
 
 def ties(
-    density: float = 0.2, scale: float = 1.0, *, weights: Sequence[float] | None = None, elect: str = "mass",
-    combine: str = "mean", keep: str = "exact", thresholds: Sequence[float] | None = None,
-) -> Rule:  # fmt: skip
+    density: float = 0.2,
+    scale: float = 1.0,
+    *,
+    weights: Sequence[float] | None = None,
+    elect: str = "mass",
+    combine: str = "mean",
+    keep: str = "exact",
+    thresholds: Sequence[float] | None = None,
+) -> Rule:
     """The rule for :func:`peftref.merging.core.loop.merge`.
 
     Args:
@@ -62,8 +68,9 @@ def ties(
     """
     _check_trim(density, keep)
     for name, value, options in (
-        ("elect", elect, ("mass", "count", "weighted")), ("combine", combine, ("mean", "sum", "max")),
-    ):  # fmt: skip
+        ("elect", elect, ("mass", "count", "weighted")),
+        ("combine", combine, ("mean", "sum", "max")),
+    ):
         if value not in options:
             raise ValueError(f"{name}: expected one of {options}, got {value!r}")
     if not math.isfinite(scale):

@@ -26,7 +26,8 @@ def check_states(**states: State) -> None:
 
 def check_tensors(names: Iterable[str], **states: State) -> None:
     """Raise one error that lists what is missing, integer, or of another shape than in the first of ``states``."""
-    problems, (label0, *_) = [], states
+    problems = []
+    (label0, *_) = states
     layouts = {label: layout_of(state) for label, state in states.items()}
     floats = {
         label: {n: t for n in names if n in layout and isinstance(t := layout[n], Tensor) and t.is_floating_point()}

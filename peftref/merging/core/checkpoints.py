@@ -36,7 +36,8 @@ from .loop import Rule, fill
 
 __all__ = ["Checkpoint", "merge_checkpoints"]
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 # A file is read through the page cache, and its pages count as ours for as long as it is open. Opening it anew after so
 # many bytes bounds what we hold; the header is read again each time, which costs nothing beside them.
 WINDOW = 1 << 26
@@ -76,14 +77,17 @@ class Checkpoint(Mapping[str, Tensor]):
                 raise ValueError(f"path: {file.name} and its index differ in {sorted(wanted ^ set(entries))}")
             self.files[file] = sorted(entries, key=lambda name: entries[name]["data_offsets"])
             for name in self.files[file]:
-                dtype, shape = DTYPES[entries[name]["dtype"]], entries[name]["shape"]
+                dtype = DTYPES[entries[name]["dtype"]]
+                shape = entries[name]["shape"]
                 self.layout[name] = torch.empty(shape, dtype=dtype, device="meta")
                 self._home[name] = file
 
     def __getitem__(self, name: str) -> Tensor:
-        file, size = self._home[name], self.layout[name].nbytes
+        file = self._home[name]
+        size = self.layout[name].nbytes
         if self._open is None or self._open[0] != file or self._read + size > WINDOW:
-            self._open, self._read = (file, safe_open(file, framework="pt")), 0
+            self._open = (file, safe_open(file, framework="pt"))
+            self._read = 0
         self._read += size
         tensor: Tensor = self._open[1].get_tensor(name)
         return tensor
@@ -96,9 +100,14 @@ class Checkpoint(Mapping[str, Tensor]):
 
 
 def merge_checkpoints(
-    base: str | Path, models: Sequence[str | Path], rule: Rule, out: str | Path, *, skip: Collection[str] = (),
+    base: str | Path,
+    models: Sequence[str | Path],
+    rule: Rule,
+    out: str | Path,
+    *,
+    skip: Collection[str] = (),
     device: torch.device | str | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Merge checkpoints on disk into the new folder ``out``, in the memory of a few tensors.
 
     The folder appears complete or not at all: it is written under another name and renamed at the end.
@@ -120,7 +129,8 @@ def merge_checkpoints(
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"out: expected a folder that does not exist yet, got {out}")
-    host, parts = Checkpoint(base), [Checkpoint(m) for m in models]
+    host = Checkpoint(base)
+    parts = [Checkpoint(m) for m in models]
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = out.with_name(f".{out.name}-{uuid.uuid4().hex}")
     draft.mkdir()

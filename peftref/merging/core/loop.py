@@ -47,9 +47,13 @@ Rule = Callable[[str, Tensor, Sequence[Tensor]], Tensor]
 
 
 def merge(
-    base: State, models: Sequence[State], rule: Rule, *, skip: Collection[str] = (),
+    base: State,
+    models: Sequence[State],
+    rule: Rule,
+    *,
+    skip: Collection[str] = (),
     device: torch.device | str | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """Apply ``rule`` to each floating-point tensor of ``base`` and of the ``models``.
 
     Args:
@@ -77,9 +81,14 @@ def merge(
 
 @torch.no_grad()
 def fill(
-    base: State, models: Sequence[State], rule: Rule, place: Callable[[str, Tensor], Tensor], *,
-    skip: Collection[str] = (), device: torch.device | str | None = None,
-) -> dict[str, str]:  # fmt: skip
+    base: State,
+    models: Sequence[State],
+    rule: Rule,
+    place: Callable[[str, Tensor], Tensor],
+    *,
+    skip: Collection[str] = (),
+    device: torch.device | str | None = None,
+) -> dict[str, str]:
     """:func:`merge` into memory of your own: ``place(name, like)`` gives the tensor to fill, of the same shape.
 
     Returns:
@@ -97,7 +106,8 @@ def fill(
                 target.copy_(w0)
                 continue
             tensors = [w0, *(model[name].detach() for model in models)]
-            at, wide = torch.device(device or w0.device), _checks.upcast(w0.dtype)
+            at = torch.device(device or w0.device)
+            wide = _checks.upcast(w0.dtype)
             if at.type == "cpu" and getattr(rule, "elementwise", False):
                 _in_pieces(rule, name, target, tensors, wide, pool)
                 continue
@@ -153,7 +163,8 @@ def check_aligned(base: State, models: Sequence[State], skip: Collection[str] = 
             raise TypeError(f"{name}: expected a mapping of names to tensors, got {type(state).__name__}{hint}")
     if not models:
         raise ValueError("models: expected at least one state dict, got none")
-    layout, problems = layout_of(base), []
+    layout = layout_of(base)
+    problems = []
     tied = _tied(layout, skip)
     for i, state in enumerate(models):
         model = layout_of(state)

@@ -84,7 +84,8 @@ class Patched:
         check_states(patch=patch)
         check_tensors(patch, patch=patch, model=tensors)
         self._tensors, self._patch = _once(tensors, patch)
-        self._model, self._names = model, {name: tensors[name] for name in patch}
+        self._model = model
+        self._names = {name: tensors[name] for name in patch}
         self._stash = [torch.empty_like(t, requires_grad=False) for t in self._tensors]
         self.strength = 0.0
 
@@ -132,7 +133,8 @@ def _once(tensors: State, patch: State) -> tuple[list[Tensor], list[Tensor]]:
     """Tensors and what to add to each; tensors that share memory count once, or the patch would act twice."""
     found: dict[tuple[Hashable, ...], tuple[str, Tensor, Tensor]] = {}
     for name in patch:
-        t, p = tensors[name], upcast(patch[name]).to(tensors[name].device)
+        t = tensors[name]
+        p = upcast(patch[name]).to(tensors[name].device)
         tied, _, same = found.setdefault(memory_of(t), (name, t, p))
         if same is not p and not torch.equal(same, p):
             raise ValueError(f"patch: expected one value for {tied} and {name}, which share memory, got two")

@@ -147,7 +147,8 @@ def quantise(signature: State, levels: int, kind: str = "linear") -> Quantised:
 
 
 def _encode(x: Tensor, levels: int, kind: str) -> tuple[Tensor, Tensor]:
-    log, (g, _) = kind == "log", SCALES[kind]
+    log = kind == "log"
+    (g, _) = SCALES[kind]
     size, m = (x.abs(), levels // 2) if log else (x, levels)
     graded = size[size > 0] if log else size  # a zero has no logarithm
     ends = torch.stack(graded.aminmax()) if graded.numel() else x.new_zeros(2)
@@ -163,7 +164,8 @@ def _encode(x: Tensor, levels: int, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def _decode(codes: Tensor, ends: Tensor, levels: int, kind: str) -> Tensor:
-    log, (g, inverse) = kind == "log", SCALES[kind]
+    log = kind == "log"
+    (g, inverse) = SCALES[kind]
     m = levels // 2 if log else levels
     low, high = g(ends)
     # eq-rws-quantise:  x = g^-1(g(l) + c / (m - 1) (g(u) - g(l)));  a single level lies in the middle

@@ -89,7 +89,8 @@ def linear_probe(
     head = linear[-1]
     if int(y.max()) >= head.out_features:
         raise ValueError(f"model: expected at least {int(y.max()) + 1} outputs, got {head.out_features}")
-    center, spread = h.mean(0), h.std(0) + 1e-6  # the regression runs on standardised features, and is folded back
+    center = h.mean(0)
+    spread = h.std(0) + 1e-6  # the regression runs on standardised features, and is folded back
     weight = torch.zeros_like(head.weight, requires_grad=True)
     bias = torch.zeros(head.out_features, device=h.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=iterations, line_search_fn="strong_wolfe")
@@ -108,11 +109,24 @@ def linear_probe(
 
 
 def run_at_scale(
-    model: nn.Module, data: Dataset, domains: Sequence[str], losses: Mapping[str, tuple[float, float | None]], *,
-    alphas: Sequence[float] = TENTHS, severity: int = 5, size: int | None = None, limit: int | None = None,
-    test_limit: int = 2000, epochs: int = 5, lr: float = 3e-5, batch_size: int = 128, weight_decay: float = 0.1,
-    device: torch.device | str | None = None, seed: int = 0, table: str = "cifar",
-) -> pd.DataFrame:  # fmt: skip
+    model: nn.Module,
+    data: Dataset,
+    domains: Sequence[str],
+    losses: Mapping[str, tuple[float, float | None]],
+    *,
+    alphas: Sequence[float] = TENTHS,
+    severity: int = 5,
+    size: int | None = None,
+    limit: int | None = None,
+    test_limit: int = 2000,
+    epochs: int = 5,
+    lr: float = 3e-5,
+    batch_size: int = 128,
+    weight_decay: float = 0.1,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    table: str = "cifar",
+) -> pd.DataFrame:
     """Probe, fine-tune with each loss, interpolate, evaluate.
 
     Args:
@@ -131,18 +145,28 @@ def run_at_scale(
     Returns:
         One row per loss and alpha; ``attrs["protocol"]`` says what was run, for the results file.
     """
-    names, device = domain_names(domains), torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    names = domain_names(domains)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     train, test = (_some(s, n, seed, device) for s, n in ((data.train, limit), (data.test, test_limit)))
     start = linear_probe((Upsampled(model, size) if size else model).to(device), *train)
     shifted = torch.cat(
         [shift(test.x, name, severity, generator_for(name, severity, seed, 0), table) for name in names]
     )
-    labels, rows, between = test.y.repeat(len(names)), {}, copy.deepcopy(start)
+    labels = test.y.repeat(len(names))
+    rows = {}
+    between = copy.deepcopy(start)
     for loss, (smoothing, mixing) in losses.items():
         tuned = fine_tune(
-            start, *train, smoothing, mixing,
-            epochs=epochs, lr=lr, batch_size=batch_size, weight_decay=weight_decay, seed=seed,
-        )  # fmt: skip
+            start,
+            *train,
+            smoothing,
+            mixing,
+            epochs=epochs,
+            lr=lr,
+            batch_size=batch_size,
+            weight_decay=weight_decay,
+            seed=seed,
+        )
         ends = [predict(m, shifted, EVAL).argmax(-1) for m in (start, tuned)]
         for alpha in alphas:
             between.load_state_dict(merge(start.state_dict(), [tuned.state_dict()], wise_ft(alpha)))
@@ -153,11 +177,22 @@ def run_at_scale(
             rows[loss, alpha] = [100 * v for v in (clean, right, fft, confidence(logits.softmax(-1)))]
     found = pd.DataFrame(rows, index=COLUMNS).T.rename_axis(["loss", "alpha"])
     found.attrs["protocol"] = {
-        "data": data.name, "sha256": data.sha256, "train": len(train.y), "test": len(test.y), "domains": list(names),
-        "severity": severity, "epochs": epochs, "lr": lr, "batch_size": batch_size, "weight_decay": weight_decay,
-        "size": size, "losses": dict(losses), "seed": seed, "torch": torch.__version__,
+        "data": data.name,
+        "sha256": data.sha256,
+        "train": len(train.y),
+        "test": len(test.y),
+        "domains": list(names),
+        "severity": severity,
+        "epochs": epochs,
+        "lr": lr,
+        "batch_size": batch_size,
+        "weight_decay": weight_decay,
+        "size": size,
+        "losses": dict(losses),
+        "seed": seed,
+        "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }  # fmt: skip
+    }
     return found
 
 

@@ -40,7 +40,8 @@ from .multicolor import PATCHES, colour_maps, multicolor
 
 __all__ = ["ColourNets", "distinct", "hits", "scenes", "train"]
 
-SIDE, CELL = 42, 7
+SIDE = 42
+CELL = 7
 DIGIT = slice(2 * CELL, 4 * CELL)
 BORDER = torch.ones(6, 6, dtype=torch.bool)
 BORDER[2:4, 2:4] = False
@@ -118,10 +119,19 @@ def distinct(x: Tensor) -> Tensor:
 
 
 def train(
-    nets: ColourNets, x: Tensor, y: Tensor, steps: int, *,
-    loss: Callable[[Tensor, Tensor], Tensor] = soft_cross_entropy, smoothing: float = 0.0, mixing: float | None = None,
-    lr: float = 1e-3, batch_size: int = 64, seed: int = 0, snapshots: Sequence[int] = (),
-) -> ColourNets | list[ColourNets]:  # fmt: skip
+    nets: ColourNets,
+    x: Tensor,
+    y: Tensor,
+    steps: int,
+    *,
+    loss: Callable[[Tensor, Tensor], Tensor] = soft_cross_entropy,
+    smoothing: float = 0.0,
+    mixing: float | None = None,
+    lr: float = 1e-3,
+    batch_size: int = 64,
+    seed: int = 0,
+    snapshots: Sequence[int] = (),
+) -> ColourNets | list[ColourNets]:
     """A trained copy of the networks; all see the same digits in the same order, each in the colours of its world.
 
     Args:
@@ -139,16 +149,21 @@ def train(
         raise ValueError(f"steps, batch_size: expected at least 0 and 1, got {steps} and {batch_size}")
     if x.ndim != 3 or not len(y) or x.shape[0] != len(y):
         raise ValueError(f"x, y: expected shapes (N, R, 292) and (N,), got {tuple(x.shape)} and {tuple(y.shape)}")
-    nets, generator, taken = copy.deepcopy(nets), torch.Generator().manual_seed(seed), []
+    nets = copy.deepcopy(nets)
+    generator = torch.Generator().manual_seed(seed)
+    taken = []
     times = {"digit": 3, "patches": 49}
     groups = [{"params": [p], "eps": EPS * times.get(name, 1)} for name, p in nets.named_parameters()]
     optimizer = torch.optim.Adam(groups, lr, fused=True)
-    targets, order = F.one_hot(y, 10).to(x.dtype), torch.empty(0, dtype=torch.long)
+    targets = F.one_hot(y, 10).to(x.dtype)
+    order = torch.empty(0, dtype=torch.long)
     for step in range(1, steps + 1):
         if len(order) < batch_size:
             order = torch.randperm(len(y), generator=generator)
-        batch, order = order[:batch_size], order[batch_size:]
-        inputs, wanted = x[batch], targets[batch]
+        batch = order[:batch_size]
+        order = order[batch_size:]
+        inputs = x[batch]
+        wanted = targets[batch]
         if mixing is not None:
             inputs, wanted = mixup(inputs, wanted, mixing, generator=generator)
         outputs = nets(inputs)

@@ -33,9 +33,12 @@ __all__ = ["DOMAINS", "Corrupting", "accuracy", "corrupted", "deal", "family"]
 # Severity and table, chosen so that the network that has seen clean images only loses 20 points or more. "invert" is
 # not among the standard corruptions: an extreme case, 1 - x.
 DOMAINS: dict[str, tuple[int, str] | None] = {
-    "contrast": (3, "cifar"), "fog": (3, "cifar"), "defocus_blur": (3, "imagenet"), "gaussian_noise": (5, "imagenet"),
+    "contrast": (3, "cifar"),
+    "fog": (3, "cifar"),
+    "defocus_blur": (3, "imagenet"),
+    "gaussian_noise": (5, "imagenet"),
     "invert": None,
-}  # fmt: skip
+}
 PARTS = {"upstream": 2000, "tune": 3000, "validation": 1000}
 BLOCK = 250  # images in one forward pass: what fits a core's cache
 
@@ -73,7 +76,8 @@ class Corrupting(nn.Module):
         super().__init__()
         if name not in DOMAINS and name != "clean":
             raise ValueError(f"name: expected 'clean' or one of {', '.join(DOMAINS)}, got {name!r}")
-        self.model, self.name = model, name
+        self.model = model
+        self.name = name
         self.generator = generator_for("corrupting", name, seed)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -33,8 +33,10 @@ TUNE: dict[str, Any] = {"epochs": 25, "lr": 4e-3}
 def main(kind: str, seed: int) -> None:
     torch.set_num_threads(1)  # one thread: the same sums in the same order wherever this runs
     make, _, domains = FAMILIES[kind]
-    fashion, digits = load("fashion8k"), load("mnist5k")
-    parts, digits_tune = deal(fashion.train, seed), Split(*(t[:3000] for t in digits.train))
+    fashion = load("fashion8k")
+    digits = load("mnist5k")
+    parts = deal(fashion.train, seed)
+    digits_tune = Split(*(t[:3000] for t in digits.train))
 
     def fresh_head(model: nn.Module) -> nn.Module:
         model = copy.deepcopy(model)

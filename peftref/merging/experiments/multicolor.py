@@ -39,11 +39,20 @@ from torch import Tensor
 __all__ = ["COLOURS", "MultiColor", "colour_maps", "multicolor"]
 
 COLOURS = {
-    "red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0), "cyan": (0, 255, 255),
-    "magenta": (255, 0, 255), "black": (0, 0, 0), "white": (255, 255, 255), "grey": (128, 128, 128),
+    "red": (255, 0, 0),
+    "green": (0, 255, 0),
+    "blue": (0, 0, 255),
+    "yellow": (255, 255, 0),
+    "cyan": (0, 255, 255),
+    "magenta": (255, 0, 255),
+    "black": (0, 0, 0),
+    "white": (255, 255, 255),
+    "grey": (128, 128, 128),
     "orange": (255, 165, 0),
-}  # fmt: skip
-SIDE, GRID, PATCHES = 7, 6, 32  # a patch has 7 x 7 pixels, the picture 6 x 6 patches, all but the middle four coloured
+}
+SIDE = 7
+GRID = 6
+PATCHES = 32  # a patch has 7 x 7 pixels, the picture 6 x 6 patches, all but the middle four coloured
 MIDDLE = slice(2 * SIDE, 4 * SIDE)
 
 
@@ -95,7 +104,9 @@ def multicolor(
     _check(x, y, p)
     _check_colours(colours)
     maps = colour_maps(generator, colours) if maps is None else _check_maps(maps, colours)
-    n, device, classes = len(y), x.device, len(COLOURS)
+    n = len(y)
+    device = x.device
+    classes = len(COLOURS)
     anew = torch.rand(n, colours, generator=generator, device=generator.device) < p
     uniform = torch.randint(classes, (n, colours), generator=generator, device=generator.device)
     shown = torch.where(anew.to(y.device), uniform.to(y.device), y[:, None].long()).expand(n, PATCHES)

@@ -34,7 +34,8 @@ from ..rws import apply, average_batchnorm, blend_statistics, compose, first, si
 __all__ = ["cifar_start", "run_at_scale", "tune"]
 
 BLOCK = 500  # images corrupted, or predicted, at a time
-RATE, BATCH = 0.01, 128  # official configuration
+RATE = 0.01
+BATCH = 128  # official configuration
 
 
 def cifar_start(tag: str, num_classes: int = 10, pretrained: bool = True) -> Normalised:
@@ -53,10 +54,18 @@ def cifar_start(tag: str, num_classes: int = 10, pretrained: bool = True) -> Nor
 
 
 def run_at_scale(
-    model: nn.Module, data: Dataset, domains: Sequence[str], depths: Sequence[int], *, severity: int = 5,
-    strength: float = 1.0, epochs: int = 50, device: torch.device | str | None = None, seed: int = 0,
+    model: nn.Module,
+    data: Dataset,
+    domains: Sequence[str],
+    depths: Sequence[int],
+    *,
+    severity: int = 5,
+    strength: float = 1.0,
+    epochs: int = 50,
+    device: torch.device | str | None = None,
+    seed: int = 0,
     table: str = "cifar",
-) -> pd.DataFrame:  # fmt: skip
+) -> pd.DataFrame:
     """Clean and corrupted accuracy in % of the clean, the patched and the robust network, for each corruption.
 
     Args:
@@ -77,9 +86,12 @@ def run_at_scale(
     names = domain_names(domains)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     start = copy.deepcopy(model).to(device)
-    theta_0, layers = _weights(start), units(start)
-    clean, train = tune(start, data.train, epochs, seed=seed), data.train
-    theta_s, test = _weights(clean), data.test
+    theta_0 = _weights(start)
+    layers = units(start)
+    clean = tune(start, data.train, epochs, seed=seed)
+    train = data.train
+    theta_s = _weights(clean)
+    test = data.test
     rows: dict[tuple[str, str], dict[str, float]] = {}
 
     def note(domain: str, name: str, net: nn.Module, seen: Split) -> None:
@@ -100,10 +112,18 @@ def run_at_scale(
         note(domain, "robust", robust, seen)
     result = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["domain", "network"])
     result.attrs["protocol"] = {
-        "data": data.name, "sha256": data.sha256, "severity": severity, "table": table, "strength": strength,
-        "epochs": epochs, "batch_size": BATCH, "lr": RATE, "seed": seed, "torch": torch.__version__,
+        "data": data.name,
+        "sha256": data.sha256,
+        "severity": severity,
+        "table": table,
+        "strength": strength,
+        "epochs": epochs,
+        "batch_size": BATCH,
+        "lr": RATE,
+        "seed": seed,
+        "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }  # fmt: skip
+    }
     return result
 
 
@@ -111,7 +131,8 @@ def tune(model: nn.Module, data: Split, epochs: int, *, seed: int = 0) -> nn.Mod
     """A copy of ``model``, fine-tuned on the device the model is on, in eval mode."""
     model = copy.deepcopy(model).train()
     device = next(model.parameters()).device
-    x, y = data.x.to(device), data.y.to(device)
+    x = data.x.to(device)
+    y = data.y.to(device)
     generator = generator_for("tune", seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(0.4 * epochs), round(0.8 * epochs)], gamma=0.1)
@@ -167,8 +188,11 @@ def _cropped(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
     dy, dx = torch.randint(2 * pad + 1, (2, n, 1), generator=generator)
     flip = torch.rand(n, 1, generator=generator) < 0.5
     columns = torch.arange(width)
-    i, j = dy + torch.arange(height), dx + torch.where(flip, columns.flip(0), columns)
-    i, j = i.to(x.device), j.to(x.device)
+    i = dy + torch.arange(height)
+    j = dx + torch.where(flip, columns.flip(0), columns)
+    i = i.to(x.device)
+    j = j.to(x.device)
     padded = F.pad(x, (pad, pad, pad, pad))
-    image, channel = torch.arange(n, device=x.device), torch.arange(channels, device=x.device)
+    image = torch.arange(n, device=x.device)
+    channel = torch.arange(channels, device=x.device)
     return padded[image.view(-1, 1, 1, 1), channel.view(-1, 1, 1), i[:, None, :, None], j[:, None, None, :]]

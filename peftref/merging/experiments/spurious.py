@@ -107,7 +107,8 @@ def spurious_accuracy(x: Number, p: Number, classes: int | Tensor) -> Tensor:
     u, weight = (torch.from_numpy(t).to(x.device) for t in _hermite(NODES))
     full: Sequence[Tensor] = torch.broadcast_tensors(x, p.to(x.device), k.to(x.device))
     x, p, k = (t[..., None] for t in full)
-    own, common = (p / k).sqrt(), (p * (k + 1 - p * k) / k).sqrt()
+    own = (p / k).sqrt()
+    common = (p * (k + 1 - p * k) / k).sqrt()
     # eq-bang-accuracy:  P(own max_k e_k + common u < x).  Given u this is the integral above, whose integrand is nearly
     # a step for large K. Given the largest e instead, of density (K-1) phi(e) Phi(e)^(K-2), it is smooth.
     density = (k - 1) * weight * torch.exp((k - 2) * torch.special.log_ndtr(u))
@@ -130,9 +131,16 @@ def margin_single(p: Number, n_v: Number, n_s: Number) -> Tensor:
 
 
 def margin_ose(
-    p: Number, n_v: Number, n_s: Number, n_v2: Number | None = None, n_s2: Number | None = None, *,
-    n_vo: Number = 0, n_so: Number = 0, scale: Number = 1.0,
-) -> Tensor:  # fmt: skip
+    p: Number,
+    n_v: Number,
+    n_s: Number,
+    n_v2: Number | None = None,
+    n_s2: Number | None = None,
+    *,
+    n_vo: Number = 0,
+    n_so: Number = 0,
+    scale: Number = 1.0,
+) -> Tensor:
     """Margin of the output-space ensemble, the sum of the logits (eq-bang-ose).
 
     Args:
@@ -153,9 +161,17 @@ def margin_ose(
 
 
 def margin_wse(
-    p: Number, n_v: Number, n_s: Number, n_v2: Number | None = None, n_s2: Number | None = None, *,
-    n_vo: Number = 0, n_so: Number = 0, scale: Number = 1.0, feature_scale: Number = 1.0,
-) -> Tensor:  # fmt: skip
+    p: Number,
+    n_v: Number,
+    n_s: Number,
+    n_v2: Number | None = None,
+    n_s2: Number | None = None,
+    *,
+    n_vo: Number = 0,
+    n_so: Number = 0,
+    scale: Number = 1.0,
+    feature_scale: Number = 1.0,
+) -> Tensor:
     """Margin of the weight-space ensemble, whose head and features are both averaged (eq-bang-wse).
 
     Args:
@@ -183,10 +199,21 @@ def imbalance_gain(scale: Number) -> Tensor:
 
 
 def simulate(
-    p: float, n_v: int, n_s: int, n_v2: int | None = None, n_s2: int | None = None, *, classes: int,
-    generator: torch.Generator, n_vo: int = 0, n_so: int = 0, scale: float = 1.0, feature_scale: float = 1.0,
-    draws: int = 100_000, noise: float = 1e-6,
-) -> Simulation:  # fmt: skip
+    p: float,
+    n_v: int,
+    n_s: int,
+    n_v2: int | None = None,
+    n_s2: int | None = None,
+    *,
+    classes: int,
+    generator: torch.Generator,
+    n_vo: int = 0,
+    n_so: int = 0,
+    scale: float = 1.0,
+    feature_scale: float = 1.0,
+    draws: int = 100_000,
+    noise: float = 1e-6,
+) -> Simulation:
     """Count features of random samples instead of trusting the central limit theorem.
 
     The sum of outputs is that of :func:`margin_ose` with its scale equal to ``scale * feature_scale``.
@@ -205,7 +232,8 @@ def simulate(
     _, *counts = _features(p, n_v, n_s, n_v2, n_s2, n_vo, n_so)
     n_v, n_s, n_v2, n_s2, n_vo, n_so = (_whole("features", n.item()) for n in counts)
     a, b = (t.item() for t in _scales(scale=scale, feature_scale=feature_scale))
-    k, draws = _whole("classes", classes), _whole("draws", draws)
+    k = _whole("classes", classes)
+    draws = _whole("draws", draws)
     _check_classes(torch.tensor(k))
     if draws < 1:
         raise ValueError(f"draws: expected at least 1, got {draws}")

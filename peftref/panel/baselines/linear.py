@@ -33,9 +33,11 @@ def linear_residuals(estimator: str, panel: Panel, twoway: bool = False) -> tupl
     y, w, x, layout = panel
     both = torch.stack((y, w), 1)
     if estimator in ("fe_only", "fe"):
-        both, x = within(both, layout, twoway), within(x, layout, twoway)
+        both = within(both, layout, twoway)
+        x = within(x, layout, twoway)
     else:
-        both, x = both - both.mean(-1, keepdim=True), x - x.mean(-1, keepdim=True)
+        both = both - both.mean(-1, keepdim=True)
+        x = x - x.mean(-1, keepdim=True)
     if estimator in ("pols", "fe"):
         both = project_out(both, x)
     return both[:, 0], both[:, 1]
@@ -81,17 +83,21 @@ def panel_ols(y: Any, x: Any, unit: Any, time: Any, *, effects: str = "pooled", 
     x = x if isinstance(x, pd.DataFrame) else pd.DataFrame(np.asarray(x)).rename(columns="x{}".format)
     # the row's number stands in for the treatment, which is checked for variation
     panel, _ = read_panel(y, None if y is None else range(len(y)), x, unit, time, estimator="pols")
-    layout, names = panel.layout, ["intercept", *map(str, x)]
-    y, x = panel.y[0], torch.cat((torch.ones_like(panel.y), panel.x[0]))
+    layout = panel.layout
+    names = ["intercept", *map(str, x)]
+    y = panel.y[0]
+    x = torch.cat((torch.ones_like(panel.y), panel.x[0]))
     degrees = 0
     if effects == "fixed":
         varies = within(x, layout, twoway).abs().amax(1) > 1e-10 * x.abs().amax(1)
         names = [name for name, v in zip(names, varies.tolist(), strict=True) if v]
-        y, x = within(y, layout, twoway), within(x[varies], layout, twoway)
+        y = within(y, layout, twoway)
+        x = within(x[varies], layout, twoway)
         degrees = layout.n_units + (layout.n_periods - 1 if twoway else 0)
     elif effects == "random":
         theta = _quasi(y, x, layout)
-        y, x = y - theta * means(y, layout.unit), x - theta * means(x, layout.unit)
+        y = y - theta * means(y, layout.unit)
+        x = x - theta * means(x, layout.unit)
     left = len(y) - len(x) - degrees
     if not len(x) or left < 1:
         raise ValueError(

@@ -37,9 +37,15 @@ CHUNK = 1 << 22  # numbers in the features of one piece of a batch
 
 
 def crossfit(
-    z: Tensor, targets: Tensor, folds: Folds, learner: PolynomialRidge, *, uses: Sequence[Sequence[int]] | None = None,
-    unit: Tensor | None = None, linear: int = 0,
-) -> Tensor:  # fmt: skip
+    z: Tensor,
+    targets: Tensor,
+    folds: Folds,
+    learner: PolynomialRidge,
+    *,
+    uses: Sequence[Sequence[int]] | None = None,
+    unit: Tensor | None = None,
+    linear: int = 0,
+) -> Tensor:
     """Out-of-fold predictions of several targets, from features that are built once.
 
     Args:
@@ -61,7 +67,8 @@ def crossfit(
     if unit is not None and len(alphas) > 1:
         raise ValueError(f"alpha: expected one number where units have columns of their own, got {learner.alpha!r}")
     sizes = check_shapes(z, targets, folds, uses, unit, linear)
-    z, targets = z.double(), targets.double()
+    z = z.double()
+    targets = targets.double()
     location, scale = standardise(z)
     z = (z - location) / scale
     level = targets.mean(-1, keepdim=True)  # the Gram matrix of y itself would lose the digits that y varies in
@@ -96,10 +103,17 @@ def check_shapes(
 
 
 def _crossfit(
-    z: Tensor, targets: Tensor, fold: Tensor, keep: Tensor, exponents: Tensor, alphas: list[float],
-    uses: Sequence[Sequence[int]] | None, unit: Tensor | None,
-) -> Tensor:  # fmt: skip
-    p, q = len(exponents), targets.shape[-2]
+    z: Tensor,
+    targets: Tensor,
+    fold: Tensor,
+    keep: Tensor,
+    exponents: Tensor,
+    alphas: list[float],
+    uses: Sequence[Sequence[int]] | None,
+    unit: Tensor | None,
+) -> Tensor:
+    p = len(exponents)
+    q = targets.shape[-2]
     batch = max(len(z), len(targets), len(fold))
     rows = torch.cat([t.expand(batch, -1, -1) for t in (z, targets)], -2)
     sorted_rows, counts, place = by_fold(rows, fold.expand(batch, -1), len(keep))
@@ -110,7 +124,8 @@ def _crossfit(
     if not ((counts.double() @ keep.T.double() > 0) | (counts == 0)).all():
         raise ValueError("folds: expected training rows for each fold, got none")
     code = None if unit is None else by_fold(unit.expand(batch, 1, -1), fold.expand(batch, -1), len(keep))[0]
-    features, predicted = columns[..., :p, :], columns.new_empty(*columns.shape[:-2], q, columns.shape[-1])
+    features = columns[..., :p, :]
+    predicted = columns.new_empty(*columns.shape[:-2], q, columns.shape[-1])
     groups: dict[tuple[int, ...], list[int]] = {}
     for target in range(q):
         groups.setdefault(tuple(uses[target]) if uses else tuple(range(z.shape[-2])), []).append(target)
@@ -132,19 +147,27 @@ def _crossfit(
 
 
 def _fit_dummies(
-    parts: Moments, keep: Tensor, columns: Tensor, f: Tensor, code: Tensor, picked: Tensor, targets: Tensor,
+    parts: Moments,
+    keep: Tensor,
+    columns: Tensor,
+    f: Tensor,
+    code: Tensor,
+    picked: Tensor,
+    targets: Tensor,
     alpha: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Predictions ``(..., K, q, m)`` with a column for each unit; ``code`` is ``(..., K, 1, m)``, padded with 0."""
     train = parts.kept(keep)
     mean, scale, corr, cross = standardised(train, picked, targets)
-    size, p = int(code.max()) + 1, len(picked)
+    size = int(code.max()) + 1
+    p = len(picked)
     used = torch.cat((picked, targets))
     filled = (torch.arange(code.shape[-1], device=code.device) < parts.n.unsqueeze(-1)).to(f.dtype).unsqueeze(-2)
     rows = torch.cat((filled, columns[..., used, :]), -2)  # a column of ones, f and y; zeros behind the end of a fold
     sums = rows.new_zeros(*rows.shape[:-1], size).scatter_add_(-1, code.expand_as(rows), rows)
     sums = torch.einsum("kj,...jpi->...kpi", keep.to(rows.dtype), sums)  # (..., K, 1 + p + q, N) of the training rows
-    count, t = sums[..., 0, :], sums[..., 1:, :] - mean[..., used].unsqueeze(-1) * sums[..., :1, :]
+    count = sums[..., 0, :]
+    t = sums[..., 1:, :] - mean[..., used].unsqueeze(-1) * sums[..., :1, :]
     t = torch.cat((count.unsqueeze(-2), t[..., :p, :] / scale.unsqueeze(-1), t[..., p:, :]), -2)  # centred and scaled
     weight = torch.where(count > 0, 1 / (count + alpha).clamp(min=1e-300), 0.0).unsqueeze(-2)
     # eq-dml_panel-dummies:  what eliminating the c_i takes from the normal equations of (mu, b)
@@ -157,7 +180,8 @@ def _fit_dummies(
     of_mu = alpha * (t * weight).sum(-1)
     a[..., 0, :] = a[..., :, 0] = of_mu[..., : 1 + p]
     right[..., 0, :] = of_mu[..., 1 + p :]
-    known, wanted = t[..., : 1 + p, :], t[..., 1 + p :, :]
+    known = t[..., : 1 + p, :]
+    wanted = t[..., 1 + p :, :]
     if alpha > 0:
         solution = torch.linalg.solve(a, right)
         c = weight * (wanted - solution.mT @ known)  # (..., K, q, N)
@@ -175,7 +199,8 @@ def _fit_dummies(
         shift = torch.linalg.pinv(gram, hermitian=True, rtol=1e-11) @ (
             null[..., 1:, :].mT @ solution[..., 1:, :] + null_c @ c.mT
         )
-        solution, c = solution - null @ shift, c - shift.mT @ null_c
+        solution = solution - null @ shift
+        c = c - shift.mT @ null_c
     slope = solution[..., 1:, :] / scale.unsqueeze(-1)
     level = solution[..., 0, :] + mean[..., targets] - (slope * mean[..., picked].unsqueeze(-1)).sum(-2)
     fitted: Tensor = slope.mT @ f + level.unsqueeze(-1) + c.gather(-1, code.expand(*c.shape[:-1], -1))

@@ -36,9 +36,15 @@ from .layout import means, within
 __all__ = ["SETS", "Fit", "partial_out", "transform", "variables"]
 
 SETS = {  # what predicts Y, and what predicts W: x, its means b, the means m of W
-    "pooled": ("x", "x"), "early": ("x", "x"), "late": ("x", "x"), "dummies": ("x", "x"), "cre": ("xbm", "xbm"),
-    "cre_general": ("xb", "xb"), "cre_normal": ("xb", "xbm"), "fd": ("x", "x"),
-}  # fmt: skip
+    "pooled": ("x", "x"),
+    "early": ("x", "x"),
+    "late": ("x", "x"),
+    "dummies": ("x", "x"),
+    "cre": ("xbm", "xbm"),
+    "cre_general": ("xb", "xb"),
+    "cre_normal": ("xb", "xbm"),
+    "fd": ("x", "x"),
+}
 Fit = Callable[..., Tensor]  # crossfit or crossfit_sklearn, with its learner
 
 
@@ -84,11 +90,13 @@ def partial_out(
     y, w, x, layout = panel
     more: dict[str, Any] = {}
     if "dummies" in estimators:
-        z, places = x, {"x": list(range(x.shape[-2]))}
+        z = x
+        places = {"x": list(range(x.shape[-2]))}
         more["unit"] = layout.unit
         if twoway:  # periods are few: a column for each
             onehot = torch.nn.functional.one_hot(layout.time).T.to(x)
-            z, more["linear"] = torch.cat((x, onehot.expand(len(x), -1, -1)), -2), len(onehot)
+            z = torch.cat((x, onehot.expand(len(x), -1, -1)), -2)
+            more["linear"] = len(onehot)
             places["x"] += range(x.shape[-2], z.shape[-2])
     else:
         z, places = variables(panel, "".join(of_y + of_w for of_y, of_w in map(SETS.__getitem__, estimators)), twoway)
@@ -116,8 +124,10 @@ def variables(panel: Panel, wanted: str, twoway: bool = False) -> tuple[Tensor, 
         parts["b"] = [means(panel.x, code) for code in codes]
     if "m" in wanted:
         parts["m"] = [means(panel.w, code).unsqueeze(-2) for code in codes]
-    places, start = {}, 0
+    places = {}
+    start = 0
     for key, tensors in parts.items():
         stop = start + sum(t.shape[-2] for t in tensors)
-        places[key], start = list(range(start, stop)), stop
+        places[key] = list(range(start, stop))
+        start = stop
     return torch.cat([t for tensors in parts.values() for t in tensors], -2), places

@@ -58,7 +58,8 @@ class Folds:
     scheme: str = "custom"
 
     def __post_init__(self) -> None:
-        fold, keep = self.fold, self.keep
+        fold = self.fold
+        keep = self.keep
         if fold.ndim != 2 or fold.dtype != torch.long:
             raise ValueError(f"fold: expected int64 of shape (R, n), got {fold.dtype} of shape {tuple(fold.shape)}")
         if keep.ndim != 2 or keep.shape[0] != keep.shape[1] or keep.dtype != torch.bool:
@@ -119,13 +120,17 @@ def make_folds(layout: Layout, folds: int = 5, scheme: str = "unit", *, repeats:
         return torch.from_numpy(rng.permuted(dealt, axis=1))
 
     apart = ~torch.eye(folds, dtype=torch.bool)
-    units, periods = layout.unit.cpu(), layout.time.cpu()
+    units = layout.unit.cpu()
+    periods = layout.time.cpu()
     if scheme == "random":
-        fold, keep = deal(len(layout)), apart
+        fold = deal(len(layout))
+        keep = apart
     elif scheme == "unit":
-        fold, keep = deal(layout.n_units)[:, units], apart
+        fold = deal(layout.n_units)[:, units]
+        keep = apart
     elif scheme == "period":
-        fold, keep = deal(layout.n_periods)[:, periods], apart
+        fold = deal(layout.n_periods)[:, periods]
+        keep = apart
     elif scheme == "product":
         fold = deal(layout.n_units)[:, units] * folds + deal(layout.n_periods)[:, periods]
         keep = (apart[:, None, :, None] & apart[None, :, None, :]).reshape(folds**2, folds**2)

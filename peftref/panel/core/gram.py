@@ -95,8 +95,11 @@ def _inner_error(parts: Moments, keep: Tensor, columns: Tensor, targets: Tensor,
     if not ((train.n > 0) | (n == 0)).all():
         raise ValueError("alpha: expected enough folds to leave one out of each training set and learn from the rest")
     slope, intercept = _solve(train, columns, targets, alphas)
-    gff, gfy, gyy = g[..., columns[:, None], columns], g[..., columns[:, None], targets], g[..., targets, targets]
-    sf, sy = s[..., columns], s[..., targets]
+    gff = g[..., columns[:, None], columns]
+    gfy = g[..., columns[:, None], targets]
+    gyy = g[..., targets, targets]
+    sf = s[..., columns]
+    sy = s[..., targets]
     # sum (y - a - f'b)^2, with a = intercept and b = slope
     quadratic = (slope * (gff @ slope)).sum(-2)
     cross = (slope * (gfy - sf.unsqueeze(-1) * intercept.unsqueeze(-2))).sum(-2)

@@ -45,7 +45,8 @@ def row_weights(layout: Layout, folds: Folds, cluster: str | None) -> Tensor:
     Raises:
         ValueError: folds that cut through units (or periods) although their scheme says that they do not.
     """
-    fold, k = folds.fold, len(folds)
+    fold = folds.fold
+    k = len(folds)
     if cluster == "unit" and folds.scheme == "unit":
         return 1 / _members(fold, layout.unit, k, layout.n_units).gather(1, fold)
     if cluster == "twoway":
@@ -81,7 +82,8 @@ def standard_error(psi: Tensor, psi_a: Tensor, layout: Layout, folds: Folds, clu
         cluster: "unit" (eq-dml_panel-variance), "twoway" for units and periods, with folds of the scheme "product", or
             ``None`` for rows that are independent.
     """
-    weights, k = row_weights(layout, folds, cluster), len(folds)
+    weights = row_weights(layout, folds, cluster)
+    k = len(folds)
     slope = (weights * psi_a).sum(-1) / k
     if cluster is None:
         return (psi.square().mean(-1) / len(layout)).sqrt() / slope.abs()

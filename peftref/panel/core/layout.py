@@ -77,7 +77,8 @@ class Layout:
             if labels.isna().any():
                 raise ValueError(f"{name}: expected no missing labels, got {int(labels.isna().sum())}")
             codes[name] = torch.from_numpy(pd.factorize(labels, sort=True)[0].astype(np.int64))
-        u, t = codes["unit"], codes["time"]
+        u = codes["unit"]
+        t = codes["time"]
         key = u * (int(t.max()) + 1) + t
         key, order = key.sort(stable=True)
         if len(twice := order[1:][key[1:] == key[:-1]]):
@@ -157,12 +158,15 @@ def within(a: Tensor, layout: Layout, twoway: bool = False, dim: int = -1, tol: 
         return result
     if layout.balanced:
         return result - means(result, layout.time, dim)  # the two projections commute: once is all
-    units, periods = _Groups(a, layout.unit, layout.n_units, dim), _Groups(a, layout.time, layout.n_periods, dim)
+    units = _Groups(a, layout.unit, layout.n_units, dim)
+    periods = _Groups(a, layout.time, layout.n_periods, dim)
     result = result - units.means(result)  # again: the first means are rounded to the digits of a, not of its variation
     left = periods.means(result)
     # Period effects g with P_t (g - P_u g) = P_t (a - P_u a), P the means of units and of periods: on period effects
     # P_t (1 - P_u) is symmetric, and singular only where they cannot be told from unit effects.
-    effects, direction, size = torch.zeros_like(a), left, _square(left, left, dim)
+    effects = torch.zeros_like(a)
+    direction = left
+    size = _square(left, left, dim)
     enough = tol**2 * _square(result, result, dim)
     for i in range(10_000):
         # Convergence is looked up now and then: each look makes the host wait for the device.
@@ -171,7 +175,8 @@ def within(a: Tensor, layout: Layout, twoway: bool = False, dim: int = -1, tol: 
         image = periods.means(direction - units.means(direction))
         # What has converged rests: a further step would divide rounding by rounding, and could lead anywhere.
         rate = _ratio(size * (size > enough), _square(direction, image, dim))
-        effects, left = effects + rate * direction, left - rate * image
+        effects = effects + rate * direction
+        left = left - rate * image
         size, before = _square(left, left, dim), size
         direction = left + _ratio(size, before) * direction
     else:
@@ -185,7 +190,9 @@ class _Groups:
 
     def __init__(self, like: Tensor, group: Tensor, size: int, dim: int) -> None:
         counts = group.bincount(minlength=size).to(like.dtype)
-        self.group, self.size, self.dim = group, size, dim
+        self.group = group
+        self.size = size
+        self.dim = dim
         self.counts = counts.unsqueeze(-1) if dim == -2 else counts
 
     def means(self, a: Tensor) -> Tensor:

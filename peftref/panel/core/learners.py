@@ -35,10 +35,17 @@ __all__ = ["crossfit_sklearn", "follow_folds"]
 
 
 def crossfit_sklearn(
-    z: Tensor, targets: Tensor, folds: Folds, learners: Sequence[Any], *, uses: Sequence[Sequence[int]] | None = None,
-    unit: Tensor | None = None, linear: int = 0, within: Sequence[Tensor | None] | None = None,
+    z: Tensor,
+    targets: Tensor,
+    folds: Folds,
+    learners: Sequence[Any],
+    *,
+    uses: Sequence[Sequence[int]] | None = None,
+    unit: Tensor | None = None,
+    linear: int = 0,
+    within: Sequence[Tensor | None] | None = None,
     n_jobs: int | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Out-of-fold predictions; the fits are spread by joblib, so ``joblib.parallel_config`` decides where they run.
 
     Args:
@@ -62,9 +69,12 @@ def crossfit_sklearn(
     for name, each in (("learners", learners), ("within", within)):
         if each is not None and len(each) != targets.shape[1]:
             raise ValueError(f"{name}: expected one for each of {targets.shape[1]} targets, got {len(each)}")
-    table, fold, keep = z[0].T.cpu().numpy(), folds.fold.cpu().numpy(), folds.keep.cpu().numpy()
+    table = z[0].T.cpu().numpy()
+    fold = folds.fold.cpu().numpy()
+    keep = folds.keep.cpu().numpy()
     onehot = None if unit is None else _onehot(unit.cpu().numpy())
-    wanted, q = targets.expand(repeats, -1, -1).cpu().numpy(), targets.shape[1]
+    wanted = targets.expand(repeats, -1, -1).cpu().numpy()
+    q = targets.shape[1]
     allowed = [True if m is None else m.cpu().numpy() for m in within or [None] * q]
     columns = [list(range(table.shape[1])) if uses is None else list(uses[t]) for t in range(q)]
 

@@ -50,7 +50,8 @@ class PolynomialRidge(RegressorMixin, BaseEstimator):
         alphas = check_learner(self)
         least = min(2, len(alphas))
         X, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True, ensure_min_samples=least)  # noqa: N806
-        z, target = torch.tensor(X.T), torch.tensor(y, dtype=torch.float64)[None]
+        z = torch.tensor(X.T)
+        target = torch.tensor(y, dtype=torch.float64)[None]
         self._location, self._scale = standardise(z)
         self._level = target.mean()  # the Gram matrix of y itself would lose the digits that y varies in
         self._exponents = monomials(len(z), self.degree, self.interactions)
@@ -60,7 +61,8 @@ class PolynomialRidge(RegressorMixin, BaseEstimator):
         every = torch.ones(1, len(parts.n[0]), dtype=torch.bool)  # one model, from all the folds
         columns = torch.arange(len(self._exponents))
         slope, intercept = fit(parts, every, columns, torch.tensor([len(columns)]), alphas)
-        self.coef_, self.intercept_ = slope[0, 0, :, 0].numpy(), float(intercept[0, 0, 0] + self._level)
+        self.coef_ = slope[0, 0, :, 0].numpy()
+        self.intercept_ = float(intercept[0, 0, 0] + self._level)
         return self
 
     def predict(self, X: NDArray[Any]) -> NDArray[Any]:  # noqa: N803

@@ -73,10 +73,19 @@ class Simulated:
 
 
 def dgp_fuhr_papies_2024(
-    structure: str = "C", shape: str = "u-shaped", *, n_units: int = 500, n_periods: int = 10, n_covariates: int = 1,
-    beta: float = 1.0, gamma: float | None = None, delta: float | None = None, rho: float = 0.0, twoway: bool = False,
+    structure: str = "C",
+    shape: str = "u-shaped",
+    *,
+    n_units: int = 500,
+    n_periods: int = 10,
+    n_covariates: int = 1,
+    beta: float = 1.0,
+    gamma: float | None = None,
+    delta: float | None = None,
+    rho: float = 0.0,
+    twoway: bool = False,
     seeds: Sequence[int] = (0,),
-) -> Simulated:  # fmt: skip
+) -> Simulated:
     """Datasets of Fuhr and Papies (2024).
 
     Args:
@@ -100,17 +109,24 @@ def dgp_fuhr_papies_2024(
     if not -1 < rho < 1:
         raise ValueError(f"rho: expected a number in (-1, 1), got {rho!r}")
     _check_sizes(n_covariates=(n_covariates, 1))
-    layout, size = _grid(n_units, n_periods), (n_units, n_periods)
+    layout = _grid(n_units, n_periods)
+    size = (n_units, n_periods)
     seeds = _check_seeds(seeds)
-    values, drawn = torch.empty(len(seeds), 3 + n_covariates, *size, dtype=torch.float64), []
+    values = torch.empty(len(seeds), 3 + n_covariates, *size, dtype=torch.float64)
+    drawn = []
     for seed, out in zip(seeds, values.numpy(), strict=True):
         rng = np.random.default_rng(seed)
         # Everything is drawn, used or not, and in this order: what one setting leaves out must not move the rest.
-        g, d = rng.normal(size=n_covariates), rng.normal()
-        a0, (a1, a2) = rng.normal(size=n_covariates), rng.normal(size=2)
-        of_unit, epsilon = rng.normal(size=(n_units, 1)), rng.normal(size=(n_covariates, *size))
+        g = rng.normal(size=n_covariates)
+        d = rng.normal()
+        a0 = rng.normal(size=n_covariates)
+        (a1, a2) = rng.normal(size=2)
+        of_unit = rng.normal(size=(n_units, 1))
+        epsilon = rng.normal(size=(n_covariates, *size))
         mixing = rng.normal(size=(n_covariates, n_covariates)) if n_covariates > 1 else np.ones((1, 1))
-        eta, mu, of_period = rng.normal(size=size), rng.normal(size=size), rng.normal(size=n_periods)
+        eta = rng.normal(size=size)
+        mu = rng.normal(size=size)
+        of_period = rng.normal(size=n_periods)
         g = g if gamma is None else np.full(n_covariates, float(gamma))
         d = d if delta is None else float(delta)
         u = d * (of_unit + of_period if twoway else of_unit)
@@ -118,16 +134,24 @@ def dgp_fuhr_papies_2024(
         effect = np.tensordot(g / n_covariates, SHAPES[shape](x), 1)
         w = a1 + effect + (structure != "A") * u + eta
         y = a2 + beta * w + effect + (structure != "A") * u + _autoregressive(mu, rho)
-        out[0], out[1], out[2], out[3:] = y, w, effect, x
+        out[0] = y
+        out[1] = w
+        out[2] = effect
+        out[3:] = x
         names = [*(f"{name}{j + 1}" for name in ("gamma", "alpha0_") for j in range(n_covariates)), "alpha1", "alpha2"]
         drawn.append({"seed": seed, "delta": d} | dict(zip(names, (*g, *a0, a1, a2), strict=True)))
     return _batch(values, layout, beta, drawn)
 
 
 def dgp_clarke_polselli_2025(
-    design: int = 1, *, n_units: int = 250, n_periods: int = 10, n_covariates: int = 30, theta: float = 0.5,
+    design: int = 1,
+    *,
+    n_units: int = 250,
+    n_periods: int = 10,
+    n_covariates: int = 30,
+    theta: float = 0.5,
     seeds: Sequence[int] = (0,),
-) -> Simulated:  # fmt: skip
+) -> Simulated:
     """Datasets of Clarke and Polselli (2025), as DoubleML's ``make_plpr_CP2025`` has them.
 
     Args:
@@ -143,14 +167,19 @@ def dgp_clarke_polselli_2025(
     if design not in (1, 2, 3):
         raise ValueError(f"design: expected 1, 2 or 3, got {design!r}")
     _check_sizes(n_covariates=(n_covariates, 3))
-    layout, size, a, b = _grid(n_units, n_periods), (n_units, n_periods), 0.25, 0.5
+    layout = _grid(n_units, n_periods)
+    size = (n_units, n_periods)
+    a = 0.25
+    b = 0.5
     seeds = _check_seeds(seeds)
     values = torch.empty(len(seeds), 3 + n_covariates, *size, dtype=torch.float64)
     for seed, out in zip(seeds, values.numpy(), strict=True):
         rng = np.random.default_rng(seed)
         x = rng.normal(scale=5**0.5, size=(n_covariates, *size))
-        own, c = rng.normal(scale=0.95**0.5, size=(n_units, 1)), rng.normal(size=(n_units, 1))
-        p, q = x[0], x[2]
+        own = rng.normal(scale=0.95**0.5, size=(n_units, 1))
+        c = rng.normal(size=(n_units, 1))
+        p = x[0]
+        q = x[2]
         g, m = {
             1: lambda p, q: (a * p + q, a * p + q),
             2: lambda p, q: (_logistic(p) + a * np.cos(q), np.cos(p) + a * _logistic(q)),
@@ -159,7 +188,10 @@ def dgp_clarke_polselli_2025(
         w = m + c + rng.normal(size=size)
         alpha = a * (w.mean(1, keepdims=True) - w.mean()) + a * (p + q).mean(1, keepdims=True) + own
         y = theta * w + g + alpha + rng.normal(size=size)
-        out[0], out[1], out[2], out[3:] = y, w, g, x
+        out[0] = y
+        out[1] = w
+        out[2] = g
+        out[3:] = x
     return _batch(values, layout, theta, [{"seed": seed} for seed in seeds])
 
 
@@ -180,7 +212,8 @@ def _check_seeds(seeds: Sequence[int]) -> list[int]:
 
 def _grid(n_units: int, n_periods: int) -> Layout:
     _check_sizes(n_units=(n_units, 1), n_periods=(n_periods, 1))
-    unit, time = torch.arange(n_units).repeat_interleave(n_periods), torch.arange(n_periods).repeat(n_units)
+    unit = torch.arange(n_units).repeat_interleave(n_periods)
+    time = torch.arange(n_periods).repeat(n_units)
     return Layout(unit, time, torch.arange(n_units * n_periods), n_units, n_periods)
 
 

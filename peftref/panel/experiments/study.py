@@ -43,9 +43,14 @@ ALONE = ("early", "fd", "dummies")  # learn from other data than the rest, or wi
 
 
 def estimate(
-    estimators: Sequence[str], data: Simulated, folds: Folds, *, learner: PolynomialRidge | None = None,
-    agg: str = "dml1", twoway: bool = False,
-) -> dict[str, Tensor]:  # fmt: skip
+    estimators: Sequence[str],
+    data: Simulated,
+    folds: Folds,
+    *,
+    learner: PolynomialRidge | None = None,
+    agg: str = "dml1",
+    twoway: bool = False,
+) -> dict[str, Tensor]:
     """Coefficients ``(B,)`` of several estimators on B datasets.
 
     Args:
@@ -71,7 +76,8 @@ def estimate(
     inside = [name for name in estimators if name not in (*ACROSS, "oracle_no_fe")]
     if inside and data.panel.layout.n_periods == 1:
         raise ValueError(f"n_periods: expected 2 or more for {', '.join(inside)}, got 1")
-    learner, size = learner or PolynomialRidge(), len(data.panel.y)
+    learner = learner or PolynomialRidge()
+    size = len(data.panel.y)
 
     def fit(z: Tensor, targets: Tensor, folds: Folds, **more: Any) -> Tensor:
         return crossfit(z, targets, folds, learner, **more)
@@ -95,10 +101,19 @@ def estimate(
 
 
 def monte_carlo(
-    simulate: Callable[..., Simulated], estimators: Sequence[str], seeds: Sequence[int], *, folds: int = 5,
-    scheme: str = "random", learner: PolynomialRidge | None = None, agg: str = "dml1", twoway: bool = False,
-    chunk: int = 8, n_jobs: int | None = None, device: torch.device | str = "cpu",
-) -> pd.DataFrame:  # fmt: skip
+    simulate: Callable[..., Simulated],
+    estimators: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    folds: int = 5,
+    scheme: str = "random",
+    learner: PolynomialRidge | None = None,
+    agg: str = "dml1",
+    twoway: bool = False,
+    chunk: int = 8,
+    n_jobs: int | None = None,
+    device: torch.device | str = "cpu",
+) -> pd.DataFrame:
     """Estimates of many datasets: a row for each seed, a column for each estimator.
 
     Args:
@@ -128,7 +143,8 @@ def monte_carlo(
         made = estimate(estimators, data.to(device), split.to(device), learner=learner, agg=agg, twoway=twoway)
         return torch.stack([made[name] for name in estimators], 1).cpu().numpy()
 
-    pieces, threads = [seeds[i : i + chunk] for i in range(0, len(seeds), chunk)], torch.get_num_threads()
+    pieces = [seeds[i : i + chunk] for i in range(0, len(seeds), chunk)]
+    threads = torch.get_num_threads()
     try:
         rows = Parallel(n_jobs=n_jobs, prefer="threads")(delayed(run)(some) for some in pieces)
     finally:

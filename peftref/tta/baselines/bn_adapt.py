@@ -79,11 +79,14 @@ class BNAdapt(Adapted):
         x = inputs[0]
         shape = (1, -1) + (1,) * (x.ndim - 2)
         var_b, mean_b = torch.var_mean(x, dim=[d for d in range(x.ndim) if d != 1], correction=0)
-        mean_s, var_s = layer.running_mean, layer.running_var
+        mean_s = layer.running_mean
+        var_s = layer.running_var
         assert mean_s is not None and var_s is not None  # else __init__ has refused the model
-        mean_b, var_b = mean_b.to(mean_s.dtype), var_b.to(var_s.dtype)  # under autocast x is narrower
+        mean_b = mean_b.to(mean_s.dtype)
+        var_b = var_b.to(var_s.dtype)  # under autocast x is narrower
         # eq-tta-bn
-        mean, var = torch.lerp(mean_s, mean_b, self.alpha), torch.lerp(var_s, var_b, self.alpha)
+        mean = torch.lerp(mean_s, mean_b, self.alpha)
+        var = torch.lerp(var_s, var_b, self.alpha)
         ratio = ((var_s + layer.eps) / (var + layer.eps)).sqrt()
         return ((x - mean.view(shape)) * ratio.view(shape) + mean_s.view(shape),)
 

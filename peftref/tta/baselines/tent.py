@@ -82,7 +82,8 @@ class Tent(Adapted):
             raise ValueError(
                 "model: expected at least one normalisation layer with a scale or shift to adapt, got none"
             )
-        self.lr, self.optimizer_factory = lr, optimizer
+        self.lr = lr
+        self.optimizer_factory = optimizer
         self.reset()
 
     @torch.inference_mode(False)  # copies made in a caller's inference mode could never learn

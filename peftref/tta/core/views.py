@@ -118,7 +118,8 @@ class RandomViews:
     """
 
     def __init__(self, seed: int = 0, flip: bool = True) -> None:
-        self.seed, self.flip = seed, flip
+        self.seed = seed
+        self.flip = flip
         self.reset()
 
     def reset(self) -> None:
@@ -147,7 +148,8 @@ def _shift_hue(x: Tensor, turns: float) -> Tensor:
     """Rotate the hue of the HSV representation; value and chroma stay. A grey image has no hue."""
     if x.shape[1] == 1:
         return x
-    value, low = x.amax(1), x.amin(1)
+    value = x.amax(1)
+    low = x.amin(1)
     chroma = value - low
     r, g, b = x.unbind(1)
     safe = chroma.where(chroma > 0, torch.ones_like(chroma))
@@ -174,7 +176,8 @@ def _affine(x: Tensor, view: View, margin: int) -> Tensor:
     """Rotate, scale and shift about the centre; returns ``margin`` extra pixels on each side for the blur."""
     h, w = x.shape[-2:]
     a = math.radians(view.angle)
-    cos, sin = math.cos(a) / view.scale, math.sin(a) / view.scale
+    cos = math.cos(a) / view.scale
+    sin = math.sin(a) / view.scale
     rows = torch.arange(-margin, h + margin, device=x.device, dtype=x.dtype) - (h - 1) / 2 - view.shift[1]
     cols = torch.arange(-margin, w + margin, device=x.device, dtype=x.dtype) - (w - 1) / 2 - view.shift[0]
     # output pixel -> input pixel: the inverse of "rotate by a, scale, shift"

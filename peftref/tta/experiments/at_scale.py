@@ -100,16 +100,23 @@ def run_at_scale(
         rows = (order or as_stored)(data.y, generator_for("order", seed, i)).cpu()
         wrong = {name: torch.zeros((), dtype=torch.long, device=device) for name in wrapped}
         for batch in rows.split(batch_size):
-            x, y = images[batch].to(device).float().div_(255), data.y.cpu()[batch].to(device)
+            x = images[batch].to(device).float().div_(255)
+            y = data.y.cpu()[batch].to(device)
             for name, method in wrapped.items():
                 with torch.no_grad():  # methods that learn switch gradients on themselves
                     wrong[name] += (method(x).argmax(-1) != y).sum()  # stays on the device: no wait per batch
         errors.loc[domain] = {name: 100 * int(n) / len(rows) for name, n in wrong.items()}
     errors.attrs["protocol"] = {
-        "images": len(data.y), "size": data.x.shape[-1], "severity": severity, "batch_size": batch_size,
-        "order": getattr(order, "__name__", "as_stored"), "seed": seed, "table": table, "torch": torch.__version__,
+        "images": len(data.y),
+        "size": data.x.shape[-1],
+        "severity": severity,
+        "batch_size": batch_size,
+        "order": getattr(order, "__name__", "as_stored"),
+        "seed": seed,
+        "table": table,
+        "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }  # fmt: skip
+    }
     return errors
 
 

@@ -74,7 +74,8 @@ def run(
     restart = getattr(method, "reset", lambda: None)
     restart()
     method.eval()
-    rows, predictions = [], []
+    rows = []
+    predictions = []
     for segment, part in enumerate(stream.segments()):
         if reset == "segment" and segment:
             restart()
