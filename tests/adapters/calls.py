@@ -259,8 +259,33 @@ KERNELS = {
 }
 
 
+# Cases that stay as they are, and why.
+SPARED = {
+    ("pool", "r", "0"): "a division by zero",
+    ("pooled", "block", "empty"): "a division by zero",
+    ("pooled", "block", "no rows"): "a division by zero",
+    ("tiles", "r", "0"): "a division by zero",
+    ("scaling", "r", "0"): "a division by zero",
+    ("multiply", "factors", "[0] empty"): "nothing at this place",
+    ("multiply", "factors", "[0] fewer dims"): "nothing at this place",
+    ("multiply", "factors", "[0] no columns"): "a division by zero",
+    ("update", "left", "[0] empty"): "nothing at this place",
+    ("update", "left", "[0] no rows"): "a division by zero",
+    ("update", "left", "[0] fewer dims"): "nothing at this place",
+    ("update", "right", "[0] empty"): "nothing at this place",
+    ("update", "right", "[0] no rows"): "a division by zero",
+    ("update", "right", "[0] fewer dims"): "nothing at this place",
+    ("identity_distance", "cores", "empty sequence"): "nothing at this place",
+    ("identity_penalty", "cores", "[0] text"): "a text is taken for a device",
+    ("transform", "cores", "[0] empty"): "nothing at this place",
+    ("Stack", "i", "-1"): "outside a logarithm or a root",
+    ("Stack", "i", "0"): "a division by zero",
+}
+
+
 # Names without a row, and why.
 NAMELESS = {
+    "balanced": "called by TeRA and TLoRA alone, with sizes that they checked",
     "load": "files, see adapters/test_files",
     "save": "files, see adapters/test_files",
     "save_as_lora": "files, see adapters/test_hydra",

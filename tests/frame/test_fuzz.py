@@ -12,6 +12,7 @@ import math
 import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,28 @@ from torch import Tensor, nn
 
 import peftref
 from peftref.data import sets
-from tests.frame._calls import CASES, t
+from tests.frame import shared_calls
+from tests.frame._inputs import Call, t
+from tools import stubs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# --- The tables: tests/<part>/calls.py, tests/frame/shared_calls.py ---------------------------------------------------
+
+PACKAGES = [folder.name for folder in stubs.packages()]
+TABLES = {name: importlib.import_module(f"tests.{name}.calls") for name in PACKAGES if name not in shared_calls.APART}
+CASES: dict[str, Callable[[], Call]] = dict(shared_calls.CALLS)
+KERNELS: set[str] = set(shared_calls.KERNELS)
+SPARED: dict[tuple[str, str, str], str] = dict(shared_calls.SPARED)
+NAMELESS: dict[str, str] = dict(shared_calls.NAMELESS)
+APART: dict[str, str] = dict(shared_calls.APART)
+for _part, _table in TABLES.items():
+    CASES |= {f"{_part}.{name}": make for name, make in _table.CALLS.items()}
+    KERNELS |= {f"{_part}.{name}" for name in getattr(_table, "KERNELS", ())}
+    SPARED |= {(f"{_part}.{name}", *case): why for (name, *case), why in getattr(_table, "SPARED", {}).items()}
+    NAMELESS |= {f"{_part}.{name}": why for name, why in getattr(_table, "NAMELESS", {}).items()}
+    APART |= {f"{_part}.{name}": why for name, why in getattr(_table, "APART", {}).items()}
+
 
 # --- What is done to an argument --------------------------------------------------------------------------------------
 
@@ -153,10 +175,18 @@ NETWORKS = r"mat1 and mat2|conv2d|input size|negative dimension|(in|out)_channel
 NETWORKS += r"sizes of tensors|dimension out of range"
 OPTIMISERS = r"learning rate|optimizer|can't optimize|total_steps"
 SKLEARN = r"PolynomialRidge|contains NaN|contains infinity|Complex data|inconsistent numbers"
-SHAPES = (
-    r"size|shape|dimension|subscript|unpack|zip|einsum|indices|index|split|repeat|expand|unflatten|batch|matrix|elements|"
-    r"stack|non-empty|division|view|length|domain|range|greater or equal|must be|tensor|bound|argument|"
-    r"bincount|probability|target|sequence|device type|^\("
+# Of sizes that do not fit, with the sizes or the dimension, as torch and NumPy write it; no word that fits anything.
+SHAPES = "|".join(
+    (
+        r"size of (the )?tensor|existing size|dimension size|to have size|size mismatch|matrix sizes|non-empty spatial",
+        r"invalid for input of size|cannot reshape|split_sizes|unflatten|einsum\(\)|reduction dim|apart from dimension",
+        r"number of (dimensions|sizes|indices)|should (be|contain|have)|too many indices for tensor",
+        r"must have (the )?same (size|shape)|must have size|must be a matrix|must be a \dD tensor|to be no larger than",
+        r"batch_size \(|of batch\d tensor|\d-?D|all be  at least|with \d or more dimensions|supposed to be a vector",
+        r"to unpack \(expected|zip\(\) argument \d|zero-dimensional|must have at least one tensor|to stack|non-empty",
+        r"out of bounds|out of range in self|class values|integral inputs|floating point type|tensors used as indices",
+        r"probability has to be|padding length|greater or equal to|minlength|from=|failed to converge",
+    )
 )
 # "name: expected this, got that", of an argument, of its part, or of the function inside that takes it.
 HOUSE = r"^[\w, .\[\]]+: expected .+"
@@ -190,172 +220,17 @@ def complaint(error: Exception, name: str, arguments: dict[str, Any], bad: Bad) 
 # scikit-learn checks what it is given.
 FITTED = ("panel.PolynomialRidge.fit", "panel.crossfit_sklearn")
 
-# Lines of mathematics whose docstring gives the shapes: torch names the sizes, or the class, that do not fit. Losses
-# are among them, since to look at the labels would wait for the accelerator at every step.
-KERNELS = {
-    f"{part}.{name}"
-    for part, names in {
-        "adapters": (
-            "HyperNet.forward",
-            "Stack",
-            "affine",
-            "bat",
-            "bottleneck",
-            "branch",
-            "error_terms",
-            "expand",
-            "identity_cores",
-            "identity_distance",
-            "identity_penalty",
-            "multiply",
-            "orthogonal_penalty",
-            "phm_linear",
-            "phm_weight",
-            "pool",
-            "pooled",
-            "product",
-            "rank_one",
-            "ring_factors",
-            "ring_matrix",
-            "rows",
-            "scaling",
-            "tiles",
-            "token_mask",
-            "train",
-            "transform",
-            "update",
-        ),
-        "continual": (
-            "DERpp.loss",
-            "ER.loss",
-            "ERACE.loss",
-            "EWC.end_task",
-            "FineTune.loss",
-            "LAE.learn",
-            "LAE.step",
-            "balanced_norm",
-            "balanced_statistics",
-            "classp_step",
-            "derpp_loss",
-            "diagonal_fisher",
-            "er_ace_loss",
-            "er_loss",
-            "eta",
-            "ewc_penalty",
-            "gate",
-            "heads",
-            "local_loss",
-            "moments",
-            "prefix_attention",
-            "prefix_share",
-            "task_weights",
-            "vote",
-        ),
-        "merging": (
-            "ColourNets.forward",
-            "accuracy",
-            "distinct",
-            "hits",
-            "train",
-        ),
-        "panel": (
-            "aipw_score",
-            "by_fold",
-            "fit",
-            "group_sums",
-            "inverse_times",
-            "means",
-            "moments",
-            "monomials",
-            "over_repeats",
-            "plr_score",
-            "polynomial",
-            "row_weights",
-            "solve",
-            "standard_error",
-            "standardise",
-            "standardised",
-            "within",
-        ),
-        "tta": (
-            "confidence",
-            "consistency_loss",
-            "ema",
-            "energy",
-            "restoration_mask",
-            "restore",
-        ),
-    }.items()
-    for name in names
-}
-
-
-# Cases that stay as they are, and why.
-SPARED = {
-    ("models.fit", "y", "beyond"): "only a pass tells how many classes there are; the first one fails",
-    ("models.fit", "x", "meta"): "the first pass fails",
-    ("tta.run_seeds", "n_jobs", "-1"): "starts a process for each core",
-    ("tta.run_seeds", "n_jobs", "0"): "joblib says so",
-    ("panel.monte_carlo", "n_jobs", "0"): "joblib says so",
-}
-
-
 # --- The tests --------------------------------------------------------------------------------------------------------
-
-# Modules without a row in the table, and why.
-APART = {
-    "plots.charts": "figures, see test_plots",
-    "plots.facets": "figures, see test_facets",
-    "plots.house": "figures, see test_plots",
-    "plots.tradeoffs": "figures, see test_tradeoffs",
-    "data.domains": "called by streams, which check",
-    "widgets": "pages, see test_widgets",
-    "catalog": "the book's own table, which takes no input",
-    "adapters.experiments.at_scale": "accelerators",
-    "continual.experiments.adab2n_at_scale": "accelerators",
-    "continual.experiments.classp_at_scale": "accelerators",
-    "continual.experiments.fsa_at_scale": "accelerators",
-    "continual.experiments.lae_at_scale": "accelerators",
-    "merging.experiments.rws_at_scale": "accelerators",
-    "merging.experiments.bang_at_scale": "accelerators",
-    "tta.experiments.at_scale": "accelerators",
-    "data.fetch": "the network, see data/test_fetch",
-    "data.make_fashion8k": "a script beside its product",
-}
-# Names without a row, and why.
-NAMELESS = {
-    "adapters.load": "files, see adapters/test_files",
-    "adapters.save": "files, see adapters/test_files",
-    "adapters.save_as_lora": "files, see adapters/test_hydra",
-    "adapters.tapped": "called by a Host alone, with what the network gave it",
-    "adapters.swap": "called by install alone, with what it found",
-    "adapters.watching": "a context for hooks, without numbers",
-    "adapters.Adapter": "abstract",
-    "adapters.compare_sharing": "many trainings: learn's checks",
-    "adapters.conflict": "takes what learn returns",
-    "adapters.learn": "descend's checks",
-    "adapters.descend": "by train, adapt and compare",
-    "adapters.shifted": "the shipped data",
-    "merging.Checkpoint": "files, see merging/test_checkpoints",
-    "merging.merge_checkpoints": "files, see merging/test_checkpoints",
-    "merging.deal": "the shipped data",
-    "merging.family": "the shipped weights",
-    "data.read_cifar_c": "files, see data/test_read",
-    "data.read_cifar_names": "files, see data/test_read",
-    "data.read_cifar_python": "files, see data/test_read",
-    "data.read_idx": "files, see data/test_read",
-    "models.from_timm": "timm's own arguments",
-    "results.hardware": "no input",
-    "results.run": "no input",
-    "models.pretrained_vit": "no input",
-}
 
 
 def public() -> Iterator[tuple[str, Any]]:
-    """Every callable name of an ``__all__``, once, by the module that defines it."""
+    """Every callable name of an ``__all__``, once, by the module that defines it; no scripts, no recorded runs."""
     for found in pkgutil.walk_packages(peftref.__path__, "peftref."):
         short = found.name.removeprefix("peftref.")
-        if any(part.startswith("_") for part in short.split(".")) or short in APART:
+        path = ROOT / f"peftref/{short.replace('.', '/')}.py"
+        if any(part.startswith("_") for part in short.split(".")) or {short, short.split(".")[0]} & APART.keys():
+            continue
+        if "." in short and not found.ispkg and not stubs.is_public(path):
             continue
         module = importlib.import_module(found.name)
         for name in getattr(module, "__all__", []):
@@ -414,18 +289,15 @@ def numbers(value: Any) -> list[Tensor]:
 
 # Results with seconds in them.
 TIMED = ("adapters.adapt", "adapters.compare", "tta.run_seeds")
-LAID_OUT = [
-    name
-    for name, make in CASES.items()
-    if any(isinstance(v, Tensor | sets.Split) for v in make()[1].values()) and not name.startswith(TIMED)
-]
 
 
 @settings(max_examples=2, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(layouts=st.lists(st.sampled_from(sorted(LAYOUTS)), min_size=8, max_size=8))
-@pytest.mark.parametrize("name", LAID_OUT)
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(TIMED)])
 def test_memory_layout_does_not_matter(name: str, layouts: list[str]) -> None:
     call, arguments = CASES[name]()
+    if not any(isinstance(value, Tensor | sets.Split) for value in arguments.values()):
+        return
     torch.manual_seed(0)
     expected = numbers((call(**arguments), holder(call) if isinstance(holder(call), nn.Module) else None))
     call, arguments = CASES[name]()
