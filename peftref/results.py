@@ -12,8 +12,8 @@ A chapter computes in seconds what it can. What takes longer is an *experiment*,
 
 An experiment has ``PRESETS`` (size -> settings), ``MINUTES`` (size -> how long it takes), ``NEEDS`` (size -> data sets,
 extras and ``"cuda"``), and ``run(each, data=None, **settings)``. It returns ``rows`` made by :func:`finding`, small
-``arrays`` for the figures, and the ``protocol``. Each piece of work goes through ``each(key, function, *args)``, which
-keeps what the function returned, so a run that was interrupted goes on where it was.
+``arrays`` for the figures, and the ``protocol``. Each piece of work goes through ``each(key, function, *args)`` under a
+key of its own, which keeps what the function returned, so a run that was interrupted goes on where it was.
 
 >>> paired = [1.2, 0.8, 1.5, 0.9, 1.1]  # one difference a seed
 >>> [round(number, 2) for number in judge(paired)[:3]]
@@ -28,21 +28,19 @@ keeps what the function returned, so a run that was interrupted goes on where it
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
+from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Judgement", "Record", "finding", "glue", "judge", "recorded"]
+from ._checks import number, one_of
+from ._records import Record, read
 
-SCHEMA = 2
-FOLDER = Path(__file__).with_name("recorded")
+__all__ = ["Judgement", "Record", "finding", "glue", "interval", "judge", "recorded"]
+
 CLAIMS = ("above", "below", "paper")
-DIGITS = 6  # significant ones kept of an array
 
 
 class Judgement(NamedTuple):
@@ -54,12 +52,39 @@ class Judgement(NamedTuple):
     status: str
 
 
+def interval(values: ArrayLike) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Mean over the first axis, and the ends of its 95 % interval by Student's t.
+
+    Args:
+        values: ``(seeds, ...)``.
+
+    Raises:
+        ValueError: fewer than two seeds.
+
+    >>> [round(float(end), 2) for end in interval([1.2, 0.8, 1.5, 0.9, 1.1])]
+    [1.1, 0.76, 1.44]
+    """
+    sample = np.asarray(values, float)
+    if sample.ndim < 1 or len(sample) < 2:
+        raise ValueError(f"values: expected those of two or more seeds, got shape {sample.shape}")
+    from scipy.stats import t  # here, for those who only read results
+
+    mean = sample.mean(0)
+    half = t.ppf(0.975, len(sample) - 1) * sample.std(0, ddof=1) / len(sample) ** 0.5
+    return mean, mean - half, mean + half
+
+
 def judge(
-    values: Sequence[float], *, claim: str = "above", paper: float | None = None, against: float = 0.0
+    values: Sequence[float],
+    *,
+    claim: str = "above",
+    paper: float | None = None,
+    against: float = 0.0,
+    margin: float | None = None,
 ) -> Judgement:
     """What paired values say of a claim: "matched", "differs" or "open".
 
-    The interval is Student's, over the seeds. *Matched*: it lies on the claimed side of ``against``, or holds the
+    The 95 % interval is Student's, over the seeds. *Matched*: it lies on the claimed side of ``against``, or holds the
     paper's value. *Differs*: it lies on the other side, or excludes the value. *Open*: neither.
 
     Args:
@@ -67,25 +92,27 @@ def judge(
         claim: "above" or "below" ``against``; or "paper": equal to the paper's number.
         paper: that number.
         against: where the sides meet.
+        margin: half the length of an interval that does not come from seeds, of one value or more: 1.96 standard errors
+            of an estimate; of an exact number, half a unit of the last digit that the paper prints.
 
     Raises:
-        ValueError: fewer than two values, one that is not finite, an unknown claim, no number to hold against.
+        ValueError: fewer than two values and no margin, one that is not finite, an unknown claim, no number to hold
+            against.
     """
-    sample = np.asarray(values, float)
-    if sample.ndim != 1 or len(sample) < 2 or not np.isfinite(sample).all():
-        raise ValueError(f"values: expected two or more finite numbers, one for each seed, got {values!r}")
-    if claim not in CLAIMS:
-        raise ValueError(f"claim: expected one of {CLAIMS}, got {claim!r}")
-    if claim == "paper" and paper is None:
-        raise ValueError("paper: expected the number that the values are held against, got None")
-    from scipy.stats import t  # here, for those who only read results
-
-    mean = float(sample.mean())
-    half = float(t.ppf(0.975, len(sample) - 1) * sample.std(ddof=1) / len(sample) ** 0.5)
-    low = mean - half
-    high = mean + half
+    sample = _finite(values, 2 if margin is None else 1)
+    one_of("claim", claim, CLAIMS)
+    number("against", against)
+    if paper is not None:
+        number("paper", paper)
+    if margin is None:
+        mean, low, high = (float(end) for end in interval(sample))
+    else:
+        half = number("margin", margin, 0.0)
+        mean = float(sample.mean())
+        low, high = mean - half, mean + half
     if claim == "paper":
-        assert paper is not None
+        if paper is None:
+            raise ValueError("paper: expected the number that the values are held against, got None")
         return Judgement(mean, low, high, "matched" if low <= paper <= high else "differs")
     above = low > against
     below = high < against
@@ -103,6 +130,7 @@ def finding(
     claim: str = "above",
     paper: float | None = None,
     against: float = 0.0,
+    margin: float | None = None,
     level: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """A row of a record: one claim, our numbers for it, and the status that :func:`judge` gives.
@@ -113,15 +141,22 @@ def finding(
         where: it stands in the paper, "Table 3", "abstract"; "ours" for a question that the paper does not ask, which
             gets no status.
         unit: of the values: "points", "%".
-        claim, paper, against: see :func:`judge`.
+        claim: "above", "below" or "paper", see :func:`judge`.
+        paper: the paper's number, in the same unit.
+        against: where the sides meet.
+        margin: of an interval that does not come from seeds, see :func:`judge`.
         level: the arms behind a difference, by name: ``{"source": 57.1, "LAME": 49.6}``.
 
     Raises:
-        ValueError: see :func:`judge`; or a number of a paper for a question that is ours.
+        ValueError: see :func:`judge`; no words for the claim or its place; a number of a paper for a question that is
+            ours; or a level that is not finite.
     """
+    for name, text in (("what", what), ("where", where)):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{name}: expected words, got {text!r}")
     if where == "ours" and paper is not None:
         raise ValueError(f"paper: expected None, since the question is ours, got {paper!r}")
-    found = judge(values, claim=claim, paper=paper, against=against)
+    found = judge(values, claim=claim, paper=paper, against=against, margin=margin)
     return {
         "claim": what,
         "where": where,
@@ -132,46 +167,9 @@ def finding(
         "high": found.high,
         "seeds": len(values),
         "status": None if where == "ours" else found.status,
-        "level": dict(level or {}),
+        "level": {name: number(f"level[{name!r}]", value) for name, value in (level or {}).items()},
         "values": [float(v) for v in values],
     }
-
-
-@dataclass(frozen=True)
-class Record:
-    """One run of an experiment; made by :func:`peftref.recording.record`, read by :func:`recorded`."""
-
-    name: str  # "tta/lame"
-    preset: str
-    rows: list[dict[str, Any]]
-    arrays: dict[str, Any]
-    protocol: dict[str, Any]
-    run: dict[str, Any]
-
-    def __getitem__(self, claim: str) -> dict[str, Any]:
-        """The row of a claim.
-
-        Raises:
-            KeyError: there is none; the message lists those that there are.
-        """
-        rows = {row["claim"]: row for row in self.rows}
-        if claim not in rows:
-            raise KeyError(f"claim: expected one of {list(rows)}, got {claim!r}")
-        return rows[claim]
-
-    def array(self, name: str) -> np.ndarray[Any, Any]:
-        """One of the arrays, as NumPy's.
-
-        Raises:
-            KeyError: there is none of this name.
-        """
-        if name not in self.arrays:
-            raise KeyError(f"name: expected one of {sorted(self.arrays)}, got {name!r}")
-        return np.asarray(self.arrays[name])
-
-    def table(self) -> pd.DataFrame:
-        """The rows as a reader wants them: claim, place, the paper's number, ours with its interval, status."""
-        return pd.DataFrame([_shown(row) for row in self.rows])
 
 
 def recorded(name: str, preset: str = "cpu", *, folder: str | Path | None = None) -> Record:
@@ -187,7 +185,10 @@ def recorded(name: str, preset: str = "cpu", *, folder: str | Path | None = None
     """
     records = read(name, folder)
     if preset not in records:
-        raise ValueError(f"preset: expected one of {list(records)}, recorded for {name}, got {preset!r}")
+        call = f"peftref.recording.record({name!r}, {preset!r}, write=True)"
+        raise ValueError(
+            f"preset: expected one of {list(records)}, recorded for {name}, got {preset!r}; {call} makes it"
+        )
     return records[preset]
 
 
@@ -203,47 +204,15 @@ def glue(name: str, value: Any, spec: str = "") -> None:
 
     prefix = "application/papermill.record/"
     text = format(value, spec).replace("-", "\N{MINUS SIGN}") if spec else str(value)
-    display(
-        {f"{prefix}text/plain": text}, raw=True, metadata={"scrapbook": {"name": name, "mime_prefix": prefix}}
-    )
+    display({f"{prefix}text/plain": text}, raw=True, metadata={"scrapbook": {"name": name, "mime_prefix": prefix}})
 
 
-def read(name: str, folder: str | Path | None, *, missing_ok: bool = False) -> dict[str, Record]:
-    part, _, slug = name.partition("/")
-    path = Path(folder or FOLDER) / f"{slug}.json"
-    if not slug or not path.is_file():
-        if missing_ok:
-            return {}
-        raise ValueError(f"name: expected part and method of a recorded experiment, such as 'tta/lame', got {name!r}")
+def _finite(values: Sequence[float], least: int) -> NDArray[Any]:
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored["schema"] != SCHEMA or stored["name"] != name:
-            raise ValueError(f"of {stored['name']!r}, schema {stored['schema']!r}")
-        return {preset: Record(name=name, preset=preset, **content) for preset, content in stored["records"].items()}
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: expected a record of {name}, schema {SCHEMA}, got {error}") from error
-
-
-def plain(value: Any) -> Any:
-    """What JSON can hold: arrays and tensors as lists of rounded numbers."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(v) for key, v in value.items()}
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    if isinstance(value, list | tuple | range):
-        return [plain(v) for v in value]
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}")
-    return value
-
-
-def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
-    interval = f"{row['ours']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
-    return {
-        "claim": row["claim"],
-        "where": row["where"],
-        "paper": "-" if row["paper"] is None else f"{row['paper']:g}",
-        "ours, 95 % interval": f"{interval} {row['unit']}",
-        "seeds": row["seeds"],
-        "status": row["status"] or "-",
-    }
+        sample = np.asarray(values, float)
+    except (TypeError, ValueError):
+        sample = np.empty(0)
+    if sample.ndim != 1 or len(sample) < least or not np.isfinite(sample).all():
+        count = "two or more finite numbers, one for each seed" if least == 2 else "one or more finite numbers"
+        raise ValueError(f"values: expected {count}, got {values!r}")
+    return sample
