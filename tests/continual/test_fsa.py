@@ -590,6 +590,15 @@ def test_full_and_film_are_plain_adam_with_dropout_and_steps(tasks):
         assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+def test_the_full_body_can_keep_the_statistics_of_the_source(tasks):
+    net = pretrained("mnist5k")
+    adapted = first_session(net, *tasks[0].train, "full", statistics="source", **QUICK).state_dict()
+    kept = {name for name, value in net.state_dict().items() if torch.equal(adapted[name], value)}
+    norms = {f"stages.{i}.1." for i in range(5)}
+    statistics = {n + p for n in norms for p in ("running_mean", "running_var", "num_batches_tracked")}
+    assert kept == statistics | {"fc.weight", "fc.bias"}
+
+
 def test_training_lowers_the_loss_and_reports_it(tasks):
     for body, lr in (("full", 2e-3), ("film", 2e-2)):
         losses = {}
@@ -607,7 +616,7 @@ def test_every_setting_of_the_first_session_matters(tasks):
 
     plain = run()
     for change in ({"lr": 1e-3}, {"epochs": 2}, {"milestones": ()}, {"decay": 0.1}, {"batch_size": 40}, {"seed": 1},
-                   {"dropout": 0.0}, {"body": "film"}, {"body": "none"}):  # fmt: skip
+                   {"dropout": 0.0}, {"statistics": "source"}, {"body": "film"}, {"body": "none"}):  # fmt: skip
         assert not torch.allclose(run(**change), plain, atol=1e-4), change
     assert not torch.allclose(run("film"), run("film", layers=["stages.0.1"]), atol=1e-4)
     assert torch.equal(run(), plain)  # and the same settings give the same body
@@ -643,6 +652,7 @@ def test_a_failing_first_session_leaves_everything_as_it_was(tasks):
         ({"epochs": -1}, "epochs: expected an integer"),
         ({"decay": 0.0}, "decay: expected"),
         ({"dropout": 1.0}, "dropout: expected"),
+        ({"statistics": "none"}, "statistics: expected one of"),
     ],
 )
 def test_bad_settings_of_the_first_session(tasks, change, says):

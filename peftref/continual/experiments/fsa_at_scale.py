@@ -1,4 +1,4 @@
-"""First session adaptation of a large backbone: what the guarded cell of the chapter runs.
+"""First session adaptation of a large backbone: what the sizes ``t4`` and ``gpu`` of the recorded run do.
 
 An EfficientNet-B0 of timm, pre-trained on ImageNet, meets CIFAR-100 in sessions of ten classes, its images enlarged
 to 224 pixels; the body is adapted on the first ten classes, in full or by FiLM, or not at all.
@@ -22,9 +22,9 @@ from typing import Any
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...at_scale import Resized, pick_device, protocol
 from ...data import Dataset
 from ..core.film import EFFICIENTNET, film_parameters, inject_film
 from ..core.metrics import average_accuracy, evaluate
@@ -36,35 +36,29 @@ __all__ = ["TAG", "Enlarged", "run_at_scale"]
 TAG = "efficientnet_b0.ra_in1k"
 
 
-class Enlarged(nn.Module):
-    """A body with timm's protocol that takes small images: they are enlarged inside, so sets stay small in memory.
-
-    Args:
-        model: with its normalisation inside (:func:`peftref.models.from_timm`); in bfloat16 where a GPU does the work.
-        size: side in pixels.
-    """
-
-    def __init__(self, model: nn.Module, size: int) -> None:
-        super().__init__()
-        self.model: Any = model  # speaks timm's protocol, of which nn.Module says nothing
-        self.size = size
+class Enlarged(Resized):
+    """A body with timm's protocol that enlarges small images inside; in bfloat16 where a GPU does the work."""
 
     def forward_features(self, x: Tensor) -> Tensor:
-        x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            h: Tensor = self.model.forward_features(x)
-        return h
+            return super().forward_features(x)
 
     def forward_head(self, h: Tensor, pre_logits: bool = False) -> Tensor:
-        h = self.model.forward_head(h.float(), pre_logits=pre_logits)
-        return h
+        return super().forward_head(h.float(), pre_logits=pre_logits)
 
 
 def run_at_scale(
-    model: nn.Module, data: Dataset, sessions: Sequence[int], bodies: Mapping[str, Mapping[str, Any]], *,
-    size: int | None = None, per_class: int | None = None, ridge: float = 1.0, seed: int = 0,
+    model: nn.Module,
+    data: Dataset,
+    sessions: Sequence[int],
+    bodies: Mapping[str, Mapping[str, Any]],
+    *,
+    size: int | None = None,
+    per_class: int | None = None,
+    ridge: float = 1.0,
+    seed: int = 0,
     device: torch.device | str | None = None,
-) -> pd.DataFrame:  # fmt: skip
+) -> pd.DataFrame:
     """Accuracy of each kind of body over a stream of sessions.
 
     Args:
@@ -80,15 +74,18 @@ def run_at_scale(
         device: default: a GPU if there is one.
 
     Returns:
-        One row per body: trained numbers of the body, accuracy in % over all test images after the last session and in
-        the mean over sessions, seconds; ``attrs["protocol"]`` says what was run.
+        One row per body: trained parameters of the body, accuracy in % over all test images after the last session and
+        as the mean over sessions, seconds; ``attrs["protocol"]`` says what was run.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(device)
     tasks = [task.to(device) for task in class_incremental(data, sessions, seed=seed, per_class=per_class)]
     model = (Enlarged(model, size) if size else copy.deepcopy(model)).to(device)
-    counts, rows = torch.tensor([len(task.test.y) for task in tasks]), {}
-    for body, training in bodies.items():
-        training = {"seed": seed, **({"layers": EFFICIENTNET} if body == "film" else {}), **training}
+    counts = torch.tensor([len(task.test.y) for task in tasks])
+    rows = {}
+    for body, given in bodies.items():
+        training = {"seed": seed, **given}
+        if body == "film":
+            training = {"layers": EFFICIENTNET, **training}
         start = time.perf_counter()
         fsa = FSA(model, body, ridge=ridge, num_classes=len(data.classes), **training).adapt(*tasks[0].train)
         accuracy = torch.stack([evaluate(fsa.observe(*task.train), tasks) for task in tasks])
@@ -97,16 +94,22 @@ def run_at_scale(
         rows[body] = [_trained(model, body, training), after[-1].item(), after.mean().item(), seconds]
     columns = ["trained", "last (%)", "mean over sessions (%)", "seconds"]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("body")
-    table.attrs["protocol"] = {
-        "data": data.name, "sha256": data.sha256, "sessions": list(sessions), "per_class": per_class, "size": size,
-        "ridge": ridge, "bodies": {k: dict(v) for k, v in bodies.items()}, "seed": seed, "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }  # fmt: skip
+    table.attrs["protocol"] = protocol(
+        device,
+        data=data.name,
+        sha256=data.sha256,
+        sessions=list(sessions),
+        per_class=per_class,
+        size=size,
+        ridge=ridge,
+        bodies={kind: dict(training) for kind, training in bodies.items()},
+        seed=seed,
+    )
     return table
 
 
 def _trained(model: nn.Module, body: str, training: Mapping[str, Any]) -> int:
-    """Numbers of the body that the first session moves."""
+    """Number of the body's parameters that the first session moves."""
     if body == "film":
         model = copy.deepcopy(model)
         inject_film(model, training["layers"])
