@@ -26,11 +26,12 @@ argument           here                   paper                       shape
 =================  =====================  ==========================  =================
 
 The paper's formula sums the gradients *before* this one, so its first step is :math:`\alpha g/\epsilon^{1/p}`; the
-published code includes this one, and so do we. That code differs from the paper in two more ways, which
-``mode="official"`` reproduces (eq-classp-official): its gate compares the *truth value* of "some gradient of this
-tensor is not zero" with tau, so every tau < 1 lets everything through, and every tau >= 1 nothing; and it discards the
-power of :math:`|g|`, so that :math:`s_t=s_{t-1}+|g_t|` for every p. Three things we do differently in both modes: each
-parameter group keeps its own settings (there the first group's are used for all); a gradient that is not finite is left
+published code (``oswaldoludwig/CLASSP@ea3fe3c:CLASSP.py``) includes this one, and so do we. That code differs from the
+paper in two more ways, which ``mode="official"`` reproduces (eq-classp-official): its gate (``#L40``) compares the
+*truth value* of "some gradient of this tensor is not zero" with tau, so every tau < 1 lets everything through, and
+every tau >= 1 nothing; and it discards the power of :math:`|g|` (``#L42``), so that :math:`s_t=s_{t-1}+|g_t|` for
+every p. Three things we do differently in both modes: each parameter group keeps its own settings (there,
+``#L23-L27``, those of the first group are used for all); a gradient that is not finite is left
 out, weight by weight, as it would spoil s for good (the loss still shows it; :meth:`CLASSP.active_fraction` too); and s
 is float32 for half-precision weights, where 256 + 1 is 256 in bfloat16.
 
@@ -52,11 +53,14 @@ is float32 for half-precision weights, where 256 + 1 is 256 in bfloat16.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .._checks import at_least_float32, number, one_of, upcast
+from ..optim import ForeachOptimizer
 
 __all__ = ["CLASSP", "classp_step", "gate"]
 
@@ -64,9 +68,13 @@ MODES = ("paper", "official")
 
 
 def gate(g: Tensor, threshold: float) -> Tensor:
-    r"""The gradient where the gate is open, 0 elsewhere (eq-classp-gate), ``(...) -> (...)``.
+    r"""The gradient m g, with m = 1 where tau < g^2 < infinity and 0 elsewhere (eq-classp-gate), ``(...) -> (...)``.
 
     It compares :math:`|g|` with :math:`\sqrt\tau`, as the square of a small number may underflow.
+
+    Args:
+        g: gradient.
+        threshold: tau.
 
     >>> gate(torch.tensor([2.0, -2.5, 0.0, float("nan"), float("inf")]), 4.0)
     tensor([ 0.0000, -2.5000,  0.0000,  0.0000,  0.0000])
@@ -77,14 +85,28 @@ def gate(g: Tensor, threshold: float) -> Tensor:
 
 
 def classp_step(
-    w: Sequence[Tensor], g: Sequence[Tensor], s: Sequence[Tensor], lr: float = 0.2, power: float = 1.0,
-    threshold: float = 0.0, eps: float = 1e-5, suppress: bool = True, official: bool = False,
-) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-    """Weights and accumulators after one step, as new tensors.
+    w: Sequence[Tensor],
+    g: Sequence[Tensor],
+    s: Sequence[Tensor],
+    lr: float = 0.2,
+    power: float = 1.0,
+    threshold: float = 0.0,
+    eps: float = 1e-5,
+    suppress: bool = True,
+    official: bool = False,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and accumulators after one step, as new tensors: s <- s + m |g|^p, w <- w - m lr g / (eps + s)^(1/p).
+
+    The gate m is 1 where tau < g^2 < infinity, else 0; see eq-classp-accumulate and eq-classp-update.
 
     Args:
-        w, g, s: weights, gradients and accumulators, alike in shape; s in float32 or float64.
-        lr, power, threshold, eps: alpha, p, tau (in units of a squared gradient) and epsilon.
+        w: weights.
+        g: their gradients, alike in shape.
+        s: their accumulators, alike in shape; in float32 or float64.
+        lr: alpha.
+        power: p.
+        threshold: tau, in units of a squared gradient.
+        eps: epsilon.
         suppress: False moves by ``lr * g`` where the gate is open, and still accumulates.
         official: the published code's gate and accumulator.
 
@@ -95,46 +117,56 @@ def classp_step(
     if shapes[1] != shapes[0] or shapes[2] != shapes[0]:
         raise ValueError(f"w, g, s: expected lists of the same shapes, got {shapes}")
     _check(s, lr=lr, power=power, threshold=threshold, epsilon=eps)
-    new_w, new_s = [t.clone() for t in w], [t.clone() for t in s]
+    new_w = [t.clone() for t in w]
+    new_s = [t.clone() for t in s]
     _step_(new_w, g, new_s, lr, power, threshold, eps, suppress, official)
     return new_w, new_s
 
 
 def _step_(
-    w: list[Tensor], g: Sequence[Tensor], s: list[Tensor], lr: float, power: float, threshold: float,
-    eps: float, suppress: bool, official: bool,
-) -> None:  # fmt: skip
+    w: list[Tensor],
+    g: Sequence[Tensor],
+    s: list[Tensor],
+    lr: float,
+    power: float,
+    threshold: float,
+    eps: float,
+    suppress: bool,
+    official: bool,
+) -> None:
     """:func:`classp_step` in place, on tensors of one device and type. Nothing is asked of the device."""
     exponent = power
     if official:
         # eq-classp-official:  [any g^2] > tau is a truth value against tau; s sums |g| whatever p is
         if threshold >= 1:
             return
-        threshold, exponent = 0.0, 1.0
-    g = tuple(gate(t.to(a.dtype), threshold) for t, a in zip(g, s, strict=True))
+        threshold = 0.0
+        exponent = 1.0
+    gated = [gate(t.to(a.dtype), threshold) for t, a in zip(g, s, strict=True)]
     # eq-classp-accumulate:  s <- s + m |g|^p
     if exponent == 2:
-        torch._foreach_addcmul_(s, g, g)
+        torch._foreach_addcmul_(s, gated, gated)
     elif exponent == 1:
-        torch._foreach_add_(s, torch._foreach_abs(g))
+        torch._foreach_add_(s, torch._foreach_abs(gated))
     else:
-        torch._foreach_add_(s, torch._foreach_pow(torch._foreach_abs(g), exponent))
+        torch._foreach_add_(s, torch._foreach_pow(torch._foreach_abs(gated), exponent))
     if not suppress:
-        torch._foreach_add_(w, g, alpha=-lr)
+        torch._foreach_add_(w, gated, alpha=-lr)
         return
-    # eq-classp-update:  w <- w - m alpha g / (eps + s)^(1/p), where m is in g already
+    # eq-classp-update:  w <- w - m alpha g / (eps + s)^(1/p), where m g is what passed the gate
     root = torch._foreach_add(s, eps)
     if power == 2:
         torch._foreach_sqrt_(root)
     elif power != 1:
         torch._foreach_pow_(root, 1 / power)
-    torch._foreach_addcdiv_(w, g, root, value=-lr)
+    torch._foreach_addcdiv_(w, gated, root, value=-lr)
 
 
-class CLASSP(torch.optim.Optimizer):
-    r"""CLASSP as an optimiser: make one for the whole stream of tasks, and keep it.
+class CLASSP(ForeachOptimizer):
+    r"""CLASSP as an optimiser: s <- s + m |g|^p and w <- w - m lr g / (eps + s)^(1/p), gated by m = [tau < g^2 < inf].
 
-    All settings may differ between parameter groups and may be changed between steps, as in the published protocol::
+    Make one for the whole stream of tasks, and keep it. All settings may differ between parameter groups and may be
+    changed between steps, as in the published protocol::
 
         optimizer = CLASSP(model.parameters(), apply_decay=False)  # first task: plain steps, but s grows
         ...
@@ -160,97 +192,84 @@ class CLASSP(torch.optim.Optimizer):
     A sparse gradient is treated as the dense one it stands for. ``state[p]["sum"]`` is s, one number for each weight.
     """
 
+    kept = ("sum",)
+
     def __init__(
-        self, params: Iterable[Any], lr: float = 0.2, threshold: float = 0.0, epsilon: float = 1e-5,
-        power: float = 1.0, apply_decay: bool = True, mode: str = "paper",
-    ) -> None:  # fmt: skip
+        self,
+        params: Iterable[Any],
+        lr: float = 0.2,
+        threshold: float = 0.0,
+        epsilon: float = 1e-5,
+        power: float = 1.0,
+        apply_decay: bool = True,
+        mode: str = "paper",
+    ) -> None:
         defaults = {
-            "lr": lr, "threshold": threshold, "epsilon": epsilon, "power": power, "apply_decay": apply_decay,
+            "lr": lr,
+            "threshold": threshold,
+            "epsilon": epsilon,
+            "power": power,
+            "apply_decay": apply_decay,
             "mode": mode,
-        }  # fmt: skip
+        }
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """A further group, such as the head of a new task; its memory is empty."""
-        super().add_param_group(param_group)
-        try:
-            _check_group(self.param_groups[-1])
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
+    def check(self, group: dict[str, Any]) -> None:
+        """Refuse settings out of range.
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step on the gradients that are there; returns what ``closure`` returns."""
-        for group in self.param_groups:
-            _check_group(group)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}  # what one foreach call can take
-            for p in group["params"]:
-                if p.grad is not None:
-                    alike.setdefault((p.device, p.dtype), []).append(p)
-            for w in alike.values():
-                grads = [p.grad for p in w if p.grad is not None]
-                g = [t if t.layout == torch.strided else t.to_dense() for t in grads]
-                _step_(
-                    w, g, [self._sum(p) for p in w], group["lr"], group["power"], group["threshold"], group["epsilon"],
-                    group["apply_decay"], group["mode"] == "official",
-                )  # fmt: skip
-        return loss
+        Args:
+            group: one of ``param_groups``.
+
+        Raises:
+            ValueError: a setting out of range, or an unknown mode.
+        """
+        one_of("mode", group["mode"], MODES)
+        _check(group["params"], **{name: group[name] for name in ("lr", "power", "threshold", "epsilon")})
+
+    def update(self, w: list[Tensor], g: list[Tensor], state: dict[str, list[Tensor]], group: dict[str, Any]) -> None:
+        """One step in place: eq-classp-accumulate and eq-classp-update on tensors of one device and type.
+
+        Args:
+            w: weights that have a gradient.
+            g: their gradients, dense.
+            state: their sums, under the name "sum".
+            group: their settings.
+        """
+        _step_(
+            w,
+            g,
+            state["sum"],
+            group["lr"],
+            group["power"],
+            group["threshold"],
+            group["epsilon"],
+            group["apply_decay"],
+            group["mode"] == "official",
+        )
 
     @torch.no_grad()
     def active_fraction(self) -> float:
         """Share of the weights that have a gradient which a step would move now: call it before ``zero_grad``."""
-        moved, total = torch.tensor(0), 0
+        moved = torch.tensor(0)
+        total = 0
         for group in self.param_groups:
-            official, tau = group["mode"] == "official", group["threshold"]
-            tau = (0.0 if tau < 1 else math.inf) if official else tau
+            threshold = group["threshold"]
+            if group["mode"] == "official":  # a truth value is compared with it
+                threshold = 0.0 if threshold < 1 else math.inf
             for p in group["params"]:
                 if p.grad is not None:
-                    total += p.grad.numel()
-                    moved = moved + gate(p.grad.to_dense().to(_precision(p)), tau).count_nonzero().cpu()
+                    g = at_least_float32(p.grad.to_dense())
+                    moved = moved + gate(g, threshold).count_nonzero().cpu()
+                    total += g.numel()
         return float(moved) / max(total, 1)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As any optimiser's, but s keeps its precision: the base class casts it to that of the weights."""
-        super().load_state_dict(state_dict)
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, p in zip(saved, (p for group in self.param_groups for p in group["params"]), strict=True):
-            if i in state_dict["state"]:
-                s = state_dict["state"][i]["sum"]
-                self.state[p]["sum"] = s.to(p.device, _precision(p), copy=True)
-
-    def _sum(self, p: Tensor) -> Tensor:
-        if "sum" not in self.state[p]:
-            self.state[p]["sum"] = torch.zeros_like(p, dtype=_precision(p))
-        s: Tensor = self.state[p]["sum"]
-        return s
-
-
-def _precision(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 def _check(tensors: Iterable[Tensor], *, lr: float, power: float, threshold: float, epsilon: float) -> None:
-    if not 0 <= lr < math.inf:
-        raise ValueError(f"lr: expected a number of at least 0, got {lr!r}")
+    number("lr", lr, 0.0)
     if not threshold >= 0:  # infinity freezes
         raise ValueError(f"threshold: expected a number of at least 0, got {threshold!r}")
-    for name, value in (("power", power), ("epsilon", epsilon)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}: expected a positive number, got {value!r}")
-    tiny = max((torch.finfo(_precision(t)).tiny for t in tensors), default=0.0)
+    number("power", power, 0.0, open_low=True)
+    number("epsilon", epsilon, 0.0, open_low=True)
+    tiny = max((torch.finfo(upcast(t.dtype)).tiny for t in tensors), default=0.0)
     if tiny and math.log(epsilon) / power < math.log(tiny):  # the root would be 0, and an unused weight move by 0/0
         raise ValueError(f"epsilon: expected epsilon^(1/power) of at least {tiny:.1e}, got {epsilon!r}^(1/{power!r})")
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    if any(p.is_complex() for p in group["params"]):
-        raise TypeError("params: expected real tensors, got a complex one; optimise its torch.view_as_real instead")
-    if group["mode"] not in MODES:
-        raise ValueError(f"mode: expected one of {MODES}, got {group['mode']!r}")
-    _check(group["params"], **{name: group[name] for name in ("lr", "power", "threshold", "epsilon")})

@@ -521,13 +521,13 @@ W = [torch.zeros(2)]
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
-        (lambda: classp_step(W, W, W, power=0), ValueError, "power: expected a positive number, got 0"),
+        (lambda: classp_step(W, W, W, power=0), ValueError, "power: expected a finite number > 0, got 0"),
         (lambda: classp_step(W, W, W, power=math.inf), ValueError, "power: expected"),
         (lambda: classp_step(W, W, W, threshold=-1e-9), ValueError, "threshold: expected a number of at least 0"),
         (lambda: classp_step(W, W, W, threshold=math.nan), ValueError, "threshold: expected"),
-        (lambda: classp_step(W, W, W, lr=-1), ValueError, "lr: expected a number of at least 0, got -1"),
+        (lambda: classp_step(W, W, W, lr=-1), ValueError, "lr: expected a finite number >= 0, got -1"),
         (lambda: classp_step(W, W, W, lr=math.nan), ValueError, "lr: expected"),
-        (lambda: classp_step(W, W, W, eps=0), ValueError, "epsilon: expected a positive number, got 0"),
+        (lambda: classp_step(W, W, W, eps=0), ValueError, "epsilon: expected a finite number > 0, got 0"),
         (lambda: classp_step(W, W, W, power=0.1), ValueError, r"epsilon: expected epsilon\^\(1/power\) of at least"),
         (lambda: classp_step(W, W * 2, W), ValueError, "w, g, s: expected lists of the same shapes"),
         (lambda: classp_step(W, W, [torch.zeros(1)]), ValueError, "w, g, s: expected"),
