@@ -29,10 +29,12 @@ CONTRACT = ("PRESETS", "MINUTES", "NEEDS", "run")
 
 
 def experiments() -> list[str]:
-    """Part and method of every experiment there is, in the order of the book."""
-    from .catalog import METHODS
+    """Part and method of every experiment, in the order of the book; ``tta/introduction`` is that of a whole part."""
+    from .catalog import METHODS, PARTS
 
-    names = [f"{method.part}/{method.slug}" for method in METHODS]
+    names = []
+    for part in PARTS:
+        names += [f"{part.slug}/introduction", *(f"{m.part}/{m.slug}" for m in METHODS if m.part == part.slug)]
     return [name for name in names if _exists(_module(name))]
 
 

@@ -68,12 +68,21 @@ class Record:
         return pd.DataFrame([_shown(row) for row in self.rows])
 
 
-def read(name: str, folder: str | Path | None = None, *, missing_ok: bool = False) -> dict[str, Record]:
-    """All sizes of a record, by preset."""
+def file_name(name: str) -> str:
+    """The method's; the introductions of the parts, which all have the same name, are told apart.
+
+    >>> file_name("tta/lame"), file_name("tta/introduction")
+    ('lame.json', 'tta_introduction.json')
+    """
     part, _, slug = name.partition("/")
-    path = Path(folder or FOLDER) / f"{slug}.json"
     if not (part.isidentifier() and slug.isidentifier()):
         raise ValueError(f"name: expected part and method, such as 'tta/lame', got {name!r}")
+    return f"{part}_{slug}.json" if slug == "introduction" else f"{slug}.json"
+
+
+def read(name: str, folder: str | Path | None = None, *, missing_ok: bool = False) -> dict[str, Record]:
+    """All sizes of a record, by preset."""
+    path = Path(folder or FOLDER) / file_name(name)
     if not path.is_file():
         if missing_ok:
             return {}

@@ -16,7 +16,7 @@ from typing import Any
 from . import __version__
 from ._checks import one_of
 from ._experiments import experiment, experiments, lacking, stamp
-from ._records import FOLDER, SCHEMA, Record, checked, plain, read
+from ._records import FOLDER, SCHEMA, Record, checked, file_name, plain, read
 from ._replacing import replace_text
 
 __all__ = ["experiment", "experiments", "hardware", "lacking", "record", "run"]
@@ -76,7 +76,7 @@ def record(
     _text(name, {preset: checked(done)})  # whatever cannot be written is noticed here, with all pieces kept
     if write:
         newest = read(name, folder, missing_ok=True)  # another size may have been recorded meanwhile
-        replace_text(place / f"{name.split('/')[1]}.json", _text(name, {**newest, preset: done}))
+        replace_text(place / file_name(name), _text(name, {**newest, preset: done}))
     each.forget()
     return done
 

@@ -169,6 +169,7 @@ def finding(
         "status": None if where == "ours" else found.status,
         "level": {name: number(f"level[{name!r}]", value) for name, value in (level or {}).items()},
         "values": [float(v) for v in values],
+        "rule": {"claim": claim, "against": against, "margin": margin},
     }
 
 

@@ -99,6 +99,7 @@ def test_a_finding_holds_everything() -> None:
     row = finding("gains", PAIRED, where="Table 3", unit="points", paper=2.0, level={"source": 57.1, "LAME": 49.6})
     assert row["claim"] == "gains" and row["where"] == "Table 3" and row["unit"] == "points" and row["paper"] == 2.0
     assert (row["ours"], row["low"], row["high"], row["status"]) == judge(PAIRED)
+    assert row["rule"] == {"claim": "above", "against": 0.0, "margin": None}
     assert row["seeds"] == 5 and row["values"] == PAIRED and row["level"] == {"source": 57.1, "LAME": 49.6}
     assert finding("gains", torch.tensor(PAIRED), where="Table 3", unit="points")["ours"] == pytest.approx(1.1)
 
