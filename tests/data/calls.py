@@ -22,6 +22,15 @@ def pictures_split() -> data.Split:
     return data.Split(pictures(20), labels(20))
 
 
+class Letters:
+    """A tokenizer whose tokens are letters."""
+
+    eos_token_id = 0
+
+    def __call__(self, documents: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[ord(c) for c in document] for document in documents]}
+
+
 CALLS: dict[str, Callable[[], Call]] = {
     "corrupt": lambda: (
         data.corrupt,
@@ -59,12 +68,17 @@ CALLS: dict[str, Callable[[], Call]] = {
         data.mixed,
         dict(data=pictures_split(), domains=["contrast"], severity=3, batch_size=4, seed=0),
     ),
+    "token_blocks": lambda: (
+        (lambda documents, length: data.token_blocks(documents, Letters(), length)),
+        dict(documents=["abc", "de"], length=2),
+    ),
     "Stream": lambda: (data.Stream, vars(stream()).copy()),
 }
 
 
 # Names without a row, and why.
 NAMELESS = {
+    "movie_reviews": "files, see data/test_text",
     "read_tiny_imagenet": "files, see data/test_read",
     "read_cifar_c": "files, see data/test_read",
     "read_cifar_names": "files, see data/test_read",

@@ -31,6 +31,9 @@ CALLS: dict[str, Callable[[], Call]] = {
 # Names without a row, and why.
 NAMELESS = {
     "efficientnet_lite0": "needs an extra, see models/test_lite0",
+    "minilm": "no input",
+    "smollm2": "no input",
+    "Pretrained": "a pair",
     "imagenet_classes": "no input",
     "from_timm": "timm's own arguments",
     "pretrained_vit": "no input",
