@@ -1,5 +1,6 @@
-"""Write what follows from other files: the README's table and the map from the catalogue, its picture from a chapter,
-the pages of results, of speed and of the chapters' state from what was measured.
+"""Write what follows from other files: the README's table, the map and the table of contents from the catalogue, the
+README's picture from a chapter, a page of the reference for each public module, the pages of results, of speed and of
+the chapters' state from what was measured. A page of the reference whose module is gone is deleted.
 
 ``--check`` only says whether they are up to date.
 
@@ -14,9 +15,8 @@ from pathlib import Path
 
 import nbformat
 
-from peftref import catalog
 from peftref._replacing import replacing
-from tools import pages
+from tools import catalog_pages, pages, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ("book/tta/cotta.ipynb", "fig-cotta-result")  # the figure that the README shows
@@ -49,8 +49,11 @@ def wanted(root: Path = ROOT) -> dict[Path, bytes]:
     if text.count(START) != 1 or text.count(STOP) != 1 or text.index(START) > text.index(STOP):
         raise ValueError(f"README.md: expected {START} and then {STOP}, once each")
     head, rest = text.split(START)
-    table = f"{START}\n\n{catalog.readme_table()}\n\n{STOP}"
-    files = {readme: (head + table + rest.split(STOP)[1]).encode(), root / "book/map.md": catalog.map_page().encode()}
+    table = f"{START}\n\n{catalog_pages.readme_table()}\n\n{STOP}"
+    files = {readme: (head + table + rest.split(STOP)[1]).encode()}
+    files[root / "book/map.md"] = catalog_pages.map_page().encode()
+    files |= {path: text.encode() for path, text in reference.pages(root).items()}
+    files[root / "_toc.yml"] = catalog_pages.toc(root).encode()
     files[root / "book/results.md"] = pages.results_page(root).encode()
     files[root / "book/speed.md"] = pages.speed_page(root).encode()
     files[root / "book/status.md"] = pages.status_page(root).encode()
@@ -66,10 +69,16 @@ def main(arguments: list[str], root: Path = ROOT) -> int:
         if "--check" in arguments:
             print(f"{path.relative_to(root)} is out of date: run python -m tools.readme")
         else:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as part:
                 part.write_bytes(data)
             print(f"wrote {path.relative_to(root)}")
-    return int(bool(stale) and "--check" in arguments)
+    gone = [path for path in (root / "book/api").rglob("*/*.md") if path not in reference.pages(root)]
+    for path in gone:
+        print(f"{path.relative_to(root)} has no module any more")
+        if "--check" not in arguments:
+            path.unlink()
+    return int(bool(stale or gone) and "--check" in arguments)
 
 
 if __name__ == "__main__":

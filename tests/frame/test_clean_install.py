@@ -79,7 +79,7 @@ def requirements(metadata: Message) -> list[Requirement]:
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
-    kept = {".py", ".typed", ".npz", ".sha256", ".safetensors", ".LICENSE"}
+    kept = {".py", ".pyi", ".typed", ".toml", ".json", ".npz", ".sha256", ".safetensors", ".LICENSE"}
     files = {p for p in (ROOT / "peftref").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     strange = sorted(p.name for p in files if p.suffix not in kept)
     assert not strange, "neither code nor data: is it for the wheel?"
@@ -88,7 +88,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         info = f"peftref-{peftref.__version__}.dist-info"
         packaged = {name for name in names if not name.startswith(f"{info}/")}
         assert packaged == {p.relative_to(ROOT).as_posix() for p in files}
-        for name in ("peftref/py.typed", "peftref/data/fashion8k.npz", "peftref/weights/vit_fashion8k.safetensors"):
+        for name in ("peftref/py.typed", "peftref/data/fashion8k.npz", "peftref/weights/vit_fashion8k.safetensors", "peftref/catalog.toml"):
             assert name in packaged
         for name in ("LICENSE", "peftref/data/fashion8k.LICENSE"):
             assert packed.read(f"{info}/licenses/{name}") == (ROOT / name).read_bytes()

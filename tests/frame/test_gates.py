@@ -28,7 +28,7 @@ def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "book").mkdir()
     (root / "peftref").mkdir()
     modules = [f"peftref/{name}.py" for name in ("__init__", "catalog", "results", "_replacing")]
-    for name in ("Makefile", "_config.yml", "README.md", *modules):
+    for name in ("Makefile", "_config.yml", "README.md", "peftref/catalog.toml", *modules):
         shutil.copy(ROOT / name, root / name)
     shutil.copytree(ROOT / "tools", root / "tools")  # a copy, not a link: the tools work on the tree they lie in
     (root / "book" / "_static").symlink_to(ROOT / "book" / "_static")

@@ -1,0 +1,141 @@
+"""A Sphinx extension: the reference's pages, and links between an equation and the code that computes it, both ways.
+
+A docstring says ``(eq-lame-update)``; its page links the equation of that label. Below the equation, the chapter links
+the functions whose source names the label. And ``.. module-page:: peftref.tta.lame`` is a page of the reference: a
+table of what is public, the module's docstring, every class and function, the constants.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from typing import Any
+
+from docutils import nodes
+from docutils.statemachine import StringList
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+from tools import reference, stubs
+
+# What scikit-learn adds to every estimator, and an empty field of Matplotlib's style.
+HIDDEN = ("set_fit_request", "set_predict_request", "set_score_request", "set")
+
+
+class ModulePage(SphinxDirective):
+    """``.. module-page:: peftref.tta.lame``."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        name = self.arguments[0]
+        node = nodes.container()
+        lines = StringList(page(name), source=self.get_source_info()[0])
+        self.state.nested_parse(lines, self.content_offset, node)
+        return node.children
+
+
+def page(name: str) -> list[str]:
+    """The lines of a module's page, in reStructuredText."""
+    path = reference.source(name)
+    constants = reference.constants(path)
+    known = {constant.name for constant in constants}
+    defined = [name for name in _in_order(path) if name not in known]
+    lines = [
+        f".. py:currentmodule:: {name}",
+        "",
+        ".. autosummary::",
+        "   :nosignatures:",
+        "",
+        *(f"   ~{name}.{one}" for one in defined),
+        "",
+    ]
+    lines = lines if defined else []
+    hidden = ", ".join([*HIDDEN, *sorted(known)])
+    lines += [f".. automodule:: {name}", "   :members:", f"   :exclude-members: {hidden}", ""]
+    if constants:
+        lines += [".. rubric:: Constants", ""]
+    for constant in constants:
+        lines += [f".. py:data:: {name}.{constant.name}"]
+        lines += [f"   :value: {constant.value}"] if constant.value else []
+        lines += ["", f"   {constant.comment[:1].upper()}{constant.comment[1:]}", ""]
+    return lines
+
+
+def _in_order(path: Any) -> list[str]:
+    """The public names of a module, as the source has them."""
+    public = stubs.names(path)
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    names = [node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in public]
+    return list(dict.fromkeys(names))
+
+
+def link_equations(app: Sphinx | None, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Make every label of an equation in a docstring a link to it."""
+
+    def linked(found: re.Match[str]) -> str:
+        return ", ".join(f":eq:`{label}`" for label in re.findall(reference.EQUATION, found[0]))
+
+    escape_bars(lines)
+    several = rf"\({reference.EQUATION}(?:, {reference.EQUATION})*\)"
+    for i, line in enumerate(lines):
+        lines[i] = re.sub(rf"{several}|(?<![`\w/-]){reference.EQUATION}(?![`\w-])", linked, line)
+
+
+def escape_bars(lines: list[str]) -> None:
+    """Let the bars of a formula in plain text, ``|u|^2``, stand for themselves; those in literals and maths do so."""
+    block = -1  # how far the head of a literal or a formula is indented, inside one
+    for i, line in enumerate(lines):
+        depth = len(line) - len(line.lstrip())
+        if block >= 0 and line.strip() and depth <= block:
+            block = -1
+        if block < 0 and not re.match(r"\s*(\| |>>>|\.\.)", line):
+            steps = re.split(r"(``.*?``|`.*?`)", line)
+            lines[i] = "".join(s if s.startswith("`") else re.sub(r"(?<!\\)\|", r"\\|", s) for s in steps)
+        if block < 0 and (line.strip().startswith(".. math::") or line.rstrip().endswith("::")):
+            block = depth
+
+
+def link_public(app: Sphinx, env: Any, node: pending_xref, content: nodes.Node) -> nodes.Node | None:
+    """Where :func:`peftref.tta.LAME` leads: to the module that defines it."""
+    _, _, short = node.get("reftarget", "").partition("peftref.")
+    package, _, name = short.partition(".")
+    home = _homes(package).get(name.partition(".")[0])
+    if node.get("refdomain") != "py" or home is None:
+        return None
+    domain, target = env.get_domain("py"), f"peftref.{package}.{home}.{name}"
+    found: nodes.Node | None = domain.resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, content)
+    return found
+
+
+@cache
+def _homes(package: str) -> dict[str, str]:
+    """Public name -> module, of a package with a stub."""
+    stub = reference.ROOT / f"peftref/{package}/__init__.pyi"
+    text = stub.read_text(encoding="utf-8") if package and stub.is_file() else ""
+    return {name: module for module, name in re.findall(r"^from \.([\w.]+) import (\w+) as", text, re.M)}
+
+
+def link_code(app: Sphinx, doctree: nodes.document) -> None:
+    """Below each labelled equation, links to the functions that compute it."""
+    for equation in list(doctree.findall(nodes.math_block)):
+        names = reference.computed_by().get(equation.get("label") or "", [])
+        if not names:
+            continue
+        line = nodes.paragraph("", "in code: ", classes=["in-code"])
+        for i, name in enumerate(names):
+            short = name.rpartition(".")[2]
+            target = {"refdomain": "py", "reftype": "obj", "reftarget": name, "refexplicit": True}
+            link = pending_xref("", nodes.literal("", short), refdoc=app.env.docname, refwarn=False, **target)
+            line += [nodes.Text(", ")] * bool(i) + [link]
+        equation.parent.insert(equation.parent.index(equation) + 1, line)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.add_directive("module-page", ModulePage)
+    app.connect("autodoc-process-docstring", link_equations, priority=400)  # before napoleon
+    app.connect("missing-reference", link_public)
+    app.connect("doctree-read", link_code)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
