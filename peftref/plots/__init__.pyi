@@ -1,8 +1,6 @@
 # ruff: noqa: I001
 # Written by `python -m tools.stubs` from the `__all__` of the modules.
 from .charts import bars as bars
-from .charts import graph as graph
-from .charts import images as images
 from .charts import lines as lines
 from .diagrams import Arrow as Arrow
 from .diagrams import Box as Box
@@ -15,6 +13,9 @@ from .house import PALETTE as PALETTE
 from .house import Plot as Plot
 from .house import png as png
 from .house import style as style
+from .pictures import graph as graph
+from .pictures import images as images
+from .seeds import curves as curves
 from .seeds import dots as dots
 from .tradeoffs import tradeoff as tradeoff
 
@@ -27,6 +28,7 @@ __all__ = [
     "Plot",
     "bars",
     "boxes",
+    "curves",
     "diagram",
     "dots",
     "graph",

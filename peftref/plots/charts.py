@@ -28,13 +28,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from .house import (
     DASHES,
     GREY,
-    MARKERS,
-    PALETTE,
-    WIDTH,
     Plot,
     array,
     colours,
@@ -44,7 +42,7 @@ from .house import (
     style,
 )
 
-__all__ = ["bars", "graph", "images", "lines"]
+__all__ = ["bars", "lines"]
 
 
 def lines(
@@ -75,10 +73,26 @@ def lines(
     """
     labelled(xlabel=xlabel, ylabel=ylabel)
     x = array(x)
-    curves = {name: np.atleast_2d(array(y)) for name, y in ys.items()}
-    if not curves or any(y.shape[1:] != x.shape for y in curves.values()):
-        shapes = {name: y.shape for name, y in curves.items()}
+    given = {name: np.atleast_2d(array(y)) for name, y in ys.items()}
+    if not given or any(y.shape[1:] != x.shape for y in given.values()):
+        shapes = {name: y.shape for name, y in given.items()}
         raise ValueError(f"ys: expected curves of shape (T,) or (seeds, T) with T = {x.size}, got {shapes}")
+    bands = {name: _spread(y) for name, y in given.items()}
+    return draw_curves(x, bands, xlabel, ylabel, regions=regions, xscale=xscale, yscale=yscale, ylim=ylim)
+
+
+def draw_curves(
+    x: NDArray[Any],
+    bands: Mapping[str, tuple[Any, Any, Any]],
+    xlabel: str,
+    ylabel: str,
+    *,
+    regions: Sequence[tuple[float, float, str]],
+    xscale: str,
+    yscale: str,
+    ylim: tuple[float, float] | None,
+) -> Plot:
+    """Curves in bands: name -> middle, lower and upper end, ``(T,)`` each; without a band the ends are None."""
     with style():
         upright = len(regions) * max((len(label) for *_, label in regions), default=0) > 40  # too long to lie
         figure = Plot(height=3.2 + 0.9 * upright)
@@ -88,15 +102,14 @@ def lines(
             axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
         for i, (start, stop, label) in enumerate(regions):
             axes.axvspan(start, stop, color=GREY, alpha=0.07 + 0.11 * (i % 2), linewidth=0)
-            middle = np.clip((start, stop), x.min(), x.max()).mean()
+            centre = np.clip((start, stop), x.min(), x.max()).mean()
             place = axes.get_xaxis_transform()
-            axes.text(middle, 1.02, label, transform=place, rotation=90 * upright, ha="center", size=9)
-        for (name, y), colour, dash in zip(curves.items(), colours(curves), cycle(DASHES), strict=False):
-            mean = y.mean(0)
-            axes.plot(x, mean, color=colour, linestyle=dash, label=name)
-            if len(y) > 1:
-                sd = y.std(0, ddof=1)
-                axes.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.2, linewidth=0)
+            axes.text(centre, 1.02, label, transform=place, rotation=90 * upright, ha="center", size=9)
+        for (name, band), colour, dash in zip(bands.items(), colours(bands), cycle(DASHES), strict=False):
+            middle, low, high = band
+            axes.plot(x, middle, color=colour, linestyle=dash, label=name)
+            if low is not None:
+                axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
         axes.set(ylim=ylim)
         for axis, scale in ((axes.xaxis, xscale), (axes.yaxis, yscale)):
             if scale == "log":
@@ -140,70 +153,10 @@ def bars(mean: pd.DataFrame, spread: pd.DataFrame | None = None, *, xlabel: str,
     return figure
 
 
-def images(grid: Any, row_labels: Sequence[str], col_labels: Sequence[str]) -> Plot:
-    """A gallery: ``grid[r][c]`` is an image ``(H, W)``, ``(1, H, W)`` or ``(3, H, W)`` with values in [0, 1].
-
-    Raises:
-        ValueError: labels that do not match the rows and columns of the grid.
-    """
-    rows = len(grid)
-    columns = len(grid[0])
-    if (len(row_labels), len(col_labels)) != (rows, columns) or any(len(row) != columns for row in grid):
-        got = f"{len(row_labels)} x {len(col_labels)}"
-        raise ValueError(f"labels: expected {rows} x {columns} as in the grid, got {got}")
-    with style():
-        side = min((WIDTH - 1) / columns, 1.2)
-        upright = columns > 4
-        figure = Plot(height=rows * side + 0.2 + (0.085 * max(map(len, col_labels)) if upright else 0.2))
-        for r, line in enumerate(figure.subplots(rows, columns, squeeze=False)):
-            for c, axes in enumerate(line):
-                picture = array(grid[r][c])
-                picture = picture.transpose(1, 2, 0) if picture.ndim == 3 else picture[..., None]  # (H, W, 1 or 3)
-                axes.imshow(np.broadcast_to(picture, (*picture.shape[:2], 3)).clip(0, 1))
-                axes.set(xticks=[], yticks=[])
-                axes.spines[:].set_visible(False)
-                if r == 0:
-                    axes.set_title(col_labels[c], size=10, rotation=90 * upright)
-                if c == 0:
-                    axes.set_ylabel(row_labels[r], rotation=0, ha="right", va="center", size=10)
-    return figure
-
-
-def graph(points: Any, edges: Any, panels: Mapping[str, Any], names: Sequence[str], *, truth: Any = None) -> Plot:
-    """The same neighbour graph once per panel, its nodes coloured and shaped by that panel's labels (before, after).
-
-    Args:
-        points: places of the nodes in the plane, ``(N, 2)``; the axes of an embedding have no unit, so none are drawn.
-        edges: pairs of node numbers, ``(E, 2)``.
-        panels: title -> label of each node, integers ``(N,)``.
-        names: what label 0, 1, ... mean.
-        truth: the right labels, ``(N,)``; nodes labelled otherwise get a grey ring.
-
-    Raises:
-        ValueError: no panel, an empty title, or labels that do not fit ``points`` and ``names``.
-    """
-    points = array(points)
-    edges = array(edges).astype(int).reshape(-1, 2)
-    labelled(**{f"panels[{i}]": title for i, title in enumerate(panels)})
-    for title, labels in panels.items():
-        given = array(labels)
-        if given.shape != points.shape[:1] or given.max(initial=0) >= len(names):
-            raise ValueError(f"panels[{title!r}]: expected {len(points)} labels below {len(names)}, got {given}")
-    if not panels:
-        raise ValueError("panels: expected at least one, got none")
-    with style():
-        figure = Plot(height=WIDTH / len(panels) + 0.9)
-        every = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, (title, labels) in zip(every, panels.items(), strict=True):
-            labels = array(labels)
-            axes.plot(*points[edges].transpose(2, 1, 0), color=GREY, alpha=0.35, linewidth=0.6, zorder=1)
-            for k, (name, marker, colour) in enumerate(zip(names, cycle(MARKERS), cycle(PALETTE), strict=False)):
-                # a name absent from one panel still has its place in the common legend
-                axes.plot(*points[labels == k].T, marker, color=colour, markersize=4.5, label=name)
-            if truth is not None:
-                wrong = points[labels != array(truth)].T
-                axes.plot(*wrong, "o", color=GREY, markersize=10, fillstyle="none", label="wrong")
-            axes.set(title=title, xticks=[], yticks=[], aspect="equal")
-            axes.spines[:].set_visible(False)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, columnspacing=1)
-    return figure
+def _spread(y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any] | None, NDArray[Any] | None]:
+    """Mean over the seeds, and one standard deviation below and above it."""
+    mean = y.mean(0)
+    if len(y) == 1:
+        return mean, None, None
+    sd = y.std(0, ddof=1)
+    return mean, mean - sd, mean + sd

@@ -151,8 +151,8 @@ def diagram(
             _group(axes, title, np.stack([rooms[name] for name in names]))
         for arrow in drawn:
             _arrow(axes, arrow, extents)
-        if kinds:
-            patches = [Patch(facecolor=(COLOURS[kind], 0.3), edgecolor=COLOURS[kind], label=kind) for kind in kinds]
+        patches = [Patch(facecolor=(COLOURS[kind], 0.3), edgecolor=COLOURS[kind], label=kind) for kind in kinds]
+        if patches:
             figure.legend(handles=patches, loc="lower center", ncols=len(kinds), borderaxespad=0, handlelength=1.2)
     return figure
 
@@ -165,12 +165,13 @@ def _check(nodes: Mapping[str, Box | Matrix], arrows: Sequence[Arrow], groups: M
             raise ValueError(f"nodes: expected a kind of {KINDS}, got {node.kind!r} for {name!r}")
         if isinstance(node, Matrix) and (node.shades.ndim != 2 or not node.shades.size):
             raise ValueError(f"nodes: expected cells (rows, columns), got shape {node.shades.shape} for {name!r}")
-    ends = {name for arrow in arrows for name in (arrow.start, arrow.end)}
-    members = {name for names in groups.values() for name in names}
-    if unknown := sorted(ends - set(nodes)):
-        raise ValueError(f"arrows: expected names of {list(nodes)}, got {unknown}")
-    if unknown := sorted(members - set(nodes)):
-        raise ValueError(f"groups: expected names of {list(nodes)}, got {unknown}")
+    named = {
+        "arrows": {name for arrow in arrows for name in (arrow.start, arrow.end)},
+        "groups": {name for names in groups.values() for name in names},
+    }
+    for argument, names in named.items():
+        if not names <= set(nodes):
+            raise ValueError(f"{argument}: expected names of {list(nodes)}, got {sorted(names - set(nodes))}")
 
 
 def _node(axes: Axes, node: Box | Matrix) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -189,10 +190,8 @@ def _node(axes: Axes, node: Box | Matrix) -> tuple[NDArray[Any], NDArray[Any]]:
     if node.kind == "operation":
         axes.add_patch(Ellipse((node.x, node.y), width, height, **look))
     elif node.kind != "data":
-        corner = 0.05
-        inner = (width - 2 * corner, height - 2 * corner)
-        shape = f"round,pad={corner},rounding_size={corner}"
-        axes.add_patch(FancyBboxPatch(_pair(extent[:, 0] + corner), *inner, boxstyle=shape, **look))
+        look["boxstyle"] = "round,pad=0,rounding_size=0.07"
+        axes.add_patch(FancyBboxPatch(_pair(extent[:, 0]), width, height, **look))
     return extent, extent
 
 

@@ -26,11 +26,19 @@ __all__ = ["GREY", "PALETTE", "Plot", "png", "style"]
 GREY = "#7a7a7a"  # contrast > 4 on white and on the dark page; also the colour of every baseline that does nothing
 # The hues of Okabe and Ito, moved until each has contrast >= 3 on both pages and every pair stays apart (CIE76 > 20)
 # for normal, deutan, protan and tritan sight: the tests recompute both.
-PALETTE = ("#1858f5", "#ba8e01", "#d11ebf", "#01a95e", "#9d4f18")
-DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
+PALETTE = ("#1257f5", "#ba8e01", "#c91ab5", "#01a95e", "#9d4f18", "#d96fba", "#b172fb")
+DASHES: tuple[Any, ...] = (
+    "-",
+    (0, (5, 1.5)),
+    (0, (1.5, 1.2)),
+    (0, (6, 1.5, 1.5, 1.5)),
+    (0, (3, 1, 1, 1, 1, 1)),
+    (0, (9, 2)),
+    (0, (1, 3)),
+)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
-WIDTH = 5.0
-PIXELS = 110  # inches, and CSS pixels per inch: 550 pixels wide on a desk, 10-pixel text on a phone
+WIDTH = 5.0  # inches
+PIXELS = 110  # CSS pixels per inch: 550 pixels wide on a desk, 10-pixel text on a phone
 RC: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 11,

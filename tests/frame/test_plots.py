@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from peftref import plots
+from peftref.results import judge
 
 PAGES = ("#ffffff", "#121212", "#14181e")  # the light page, the theme's dark page, the dark page of its ancestor
 # Machado, Oliveira and Fernandes (2009), severity 1, on linear RGB
@@ -50,6 +51,22 @@ FIGURES = {
     "lines": lambda: plots.lines(range(4), {"source": torch.arange(4), "LAME": torch.eye(3, 4)}, "batch", "error (%)"),
     "bars": lambda: plots.bars(MEAN, MEAN / 10, xlabel="error (%)", ylabel="stream"),
     "images": lambda: plots.images(torch.rand(2, 3, 1, 4, 4, generator=torch.Generator()), "ab", "cde"),
+    "curves": lambda: plots.curves(range(4), {"source": torch.eye(4), "LAME": torch.eye(3, 4)}, "batch", "error (%)"),
+    "dots": lambda: plots.dots(
+        {"source": [3.0, 2.0], "LAME": [1.0, -2.0], "Tent": [1.0, 4.0]},
+        xlabel="error (%)",
+        order="ascending",
+        groups={"closed form": ["LAME"], "gradient": ["Tent"]},
+        lines={"chance": 5.0},
+        paper={"LAME": 0.5},
+        digits=1,
+    ),
+    "diagram": lambda: plots.diagram(
+        {"x": plots.Box(1, 1, "$x$", "data"), "W": plots.Matrix(3, 1, (2, 3), "$W$", "frozen")},
+        [("x", "W", "now"), plots.Arrow("W", "x", "later", bend=0.3, dashed=True)],
+        groups={"all": ["x", "W"]},
+        height=2,
+    ),
     "graph": lambda: plots.graph(POINTS, EDGES, {"before": [0, 0, 1], "after": [0, 1, 1]}, "xy", truth=[0, 1, 1]),
 }
 
@@ -93,6 +110,20 @@ def test_mean_and_spread_over_seeds() -> None:
     assert axes.lines[0].get_ydata().tolist() == [2, 4]
     band = axes.collections[0].get_paths()[0].vertices
     assert band[:, 1].max() == pytest.approx(4 + 8**0.5) and band[:, 1].min() == pytest.approx(2 - 2**0.5)
+
+
+def test_mean_and_interval_over_seeds() -> None:
+    y = [[1.0, 2.0], [3.0, 6.0]]
+    axes = plots.curves([0, 1], {"a": y}, "t (s)", "y (m)").axes[0]
+    assert axes.lines[0].get_ydata().tolist() == [2, 4]
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx(judge([2.0, 6.0])[1:3])
+
+
+def test_seven_curves_have_a_look_of_their_own() -> None:
+    axes = plots.lines([0, 1], {str(i): [0, i] for i in range(7)}, "t (s)", "y (m)").axes[0]
+    drawn = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
+    assert len({line.get_color() for line in drawn}) == len({line._unscaled_dash_pattern[1] for line in drawn}) == 7
 
 
 def test_names_at_the_ends_do_not_overlap() -> None:
@@ -150,6 +181,12 @@ def test_wrong_nodes_are_ringed() -> None:
         ("ylabel", lambda: plots.bars(MEAN, xlabel="error (%)", ylabel="")),
         ("mean", lambda: plots.bars(MEAN.iloc[:0], xlabel="error (%)", ylabel="stream")),
         ("spread", lambda: plots.bars(MEAN, MEAN.T, xlabel="error (%)", ylabel="stream")),
+        ("xlabel", lambda: plots.curves([0], {"a": [[1], [2]]}, "", "y (m)")),
+        ("ys", lambda: plots.curves([0], {}, "t (s)", "y (m)")),
+        ("ys", lambda: plots.curves([0, 1], {"a": [1, 2]}, "t (s)", "y (m)")),
+        ("ys", lambda: plots.curves([0, 1], {"a": [[1, 2]]}, "t (s)", "y (m)")),
+        ("ys", lambda: plots.curves([0, 1], {"a": [[1], [2]]}, "t (s)", "y (m)")),
+        ("ys", lambda: plots.curves([0], {str(i): [[1], [2]] for i in range(8)}, "t (s)", "y (m)")),
         ("labels", lambda: plots.images(torch.zeros(1, 2, 4, 4), ["a"], ["b"])),
         ("panels", lambda: plots.graph(POINTS, EDGES, {"": [0, 0, 0]}, "x")),
         ("panels", lambda: plots.graph(POINTS, EDGES, {"a": [0, 0]}, "x")),

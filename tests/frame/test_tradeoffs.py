@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from peftref import plots
+from peftref.plots.house import MARKERS
 from peftref.plots.tradeoffs import tradeoff
 
 POINTS = {
@@ -21,7 +22,7 @@ POINTS = {
 def test_points_bars_and_names() -> None:
     figure = tradeoff(POINTS, xlabel="numbers", ylabel="accuracy (%)", lines={"head only": 60.0})
     axes = figure.axes[0]
-    drawn = [line for line in axes.lines if line.get_marker() in plots.MARKERS]
+    drawn = [line for line in axes.lines if line.get_marker() in MARKERS]
     assert np.allclose([line.get_xydata()[0] for line in drawn], [p[:2] for p in POINTS.values()])
     assert len({line.get_marker() for line in drawn}) == len({line.get_color() for line in drawn}) == 4
     assert drawn[-1].get_color() == plots.GREY  # a source does nothing
@@ -35,7 +36,7 @@ def test_every_mark_has_its_name() -> None:
     figure = tradeoff(POINTS, xlabel="numbers", ylabel="accuracy (%)")
     legend = figure.legends[0]
     assert [text.get_text() for text in legend.get_texts()] == list(POINTS)
-    drawn = [line for line in figure.axes[0].lines if line.get_marker() in plots.MARKERS]
+    drawn = [line for line in figure.axes[0].lines if line.get_marker() in MARKERS]
     assert [h.get_marker() for h in legend.legend_handles] == [line.get_marker() for line in drawn]
     assert {h.get_linestyle() for h in legend.legend_handles} == {"None"}  # a point is no curve
     assert plots.png(figure) == plots.png(tradeoff(POINTS, xlabel="numbers", ylabel="accuracy (%)"))
