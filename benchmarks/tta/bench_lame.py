@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks._timing import Row, compare, flops_floor
-from peftref.tta.lame import affinity, laplacian_assign
+from peftref.tta import affinity, laplacian_assign
 from tests._naive.lame import published_affinity, published_assign
 
 PEER = "schedule of the published code (tests/_naive/lame.py)"

@@ -6,9 +6,7 @@ from .baselines.tent import entropy as entropy
 from .core.adapted import Adapted as Adapted
 from .core.adapted import OptimizerFactory as OptimizerFactory
 from .core.adapted import adapting as adapting
-from .core.adapted import at_least_float32 as at_least_float32
 from .core.adapted import batch_norms as batch_norms
-from .core.adapted import check_positive as check_positive
 from .core.adapted import freeze as freeze
 from .core.adapted import gradient_step as gradient_step
 from .core.adapted import norm_affine as norm_affine
@@ -55,9 +53,7 @@ __all__ = [
     "adapting",
     "affinity",
     "apply_view",
-    "at_least_float32",
     "batch_norms",
-    "check_positive",
     "confidence",
     "consistency_loss",
     "draw_view",

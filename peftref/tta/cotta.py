@@ -51,13 +51,12 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from .._checks import at_least_float32, integer, number
 from .core.adapted import (
     Adapted,
     OptimizerFactory,
     adapting,
-    at_least_float32,
     batch_norms,
-    check_positive,
     gradient_step,
     use_batch_statistics,
 )
@@ -67,14 +66,16 @@ __all__ = ["CoTTA", "confidence", "consistency_loss", "ema", "restoration_mask",
 
 
 def confidence(logits: Tensor) -> Tensor:
-    """Mean over the batch of the largest class probability: ``(B, K) -> ()``."""
+    """Mean over the batch of the largest class probability, c = 1/B sum_i max_k p_ik: ``(B, K) -> ()``."""
     return at_least_float32(logits).softmax(-1).amax(-1).mean()
 
 
 def consistency_loss(student: Tensor, target: Tensor, symmetric: bool = False) -> Tensor:
-    r"""Cross-entropy between the target's and the student's class probabilities: two ``(B, K)`` logits ``-> ()``.
+    r"""Cross-entropy of the target's and the student's class probabilities, -1/B sum_ik q_ik log p_ik.
 
     Args:
+        student: logits ``(B, K)`` that learn.
+        target: logits ``(B, K)``, a constant.
         symmetric: average with the reverse cross-entropy (published ImageNet code). At agreement the plain form has no
             gradient, the symmetric one half the gradient of the entropy.
     """
@@ -89,13 +90,25 @@ def consistency_loss(student: Tensor, target: Tensor, symmetric: bool = False) -
 
 
 def ema(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float) -> list[Tensor]:
-    """The moved average ``m * teacher + (1 - m) * student``, tensor by tensor, in the teacher's precision."""
-    # eq-cotta-ema
+    """The moved average, m theta' + (1 - m) theta, tensor by tensor, in the teacher's precision.
+
+    Args:
+        teacher: theta'.
+        student: theta, tensors of the same shapes.
+        momentum: m.
+    """
+    # eq-cotta-ema:  theta' <- m theta' + (1 - m) theta
     return list(torch._foreach_lerp(list(teacher), _like(student, teacher), 1 - momentum))
 
 
 def restoration_mask(params: Sequence[Tensor], p: float, generator: torch.Generator | None = None) -> list[Tensor]:
-    """For each parameter a tensor of its shape and dtype with Bernoulli(``p``) entries 0 or 1, from one flat draw."""
+    """Masks M_j ~ Bernoulli(p), 0 or 1, in shape and dtype of each parameter, from one flat draw.
+
+    Args:
+        params: tensors.
+        p: probability of a 1.
+        generator: its device draws; torch's default generator if not given.
+    """
     device = params[0].device if generator is None else generator.device
     sizes = [t.numel() for t in params]
     flat = torch.rand(sum(sizes), generator=generator, device=device).lt_(p).to(params[0].device)  # in place: 1 copy
@@ -105,21 +118,23 @@ def restoration_mask(params: Sequence[Tensor], p: float, generator: torch.Genera
 def restore(
     params: Sequence[Tensor], source: Sequence[Tensor], p: float, generator: torch.Generator | None = None
 ) -> list[Tensor]:
-    """Each SCALAR of ``params`` replaced by that of ``source`` with probability ``p``; the inputs are not changed.
+    """Replace each SCALAR by that of the source with probability p: M theta_0 + (1 - M) theta; inputs stay unchanged.
 
     Args:
-        params, source: equally shaped lists of finite tensors.
+        params: finite tensors.
+        source: tensors of the same shapes.
         p: probability in [0, 1].
         generator: its device draws the mask; ``None`` draws from torch's default generator.
     """
-    check_positive("p", p, 1)
+    number("p", p, 0, 1)
     # eq-cotta-restore: with weights 0 and 1 the interpolation returns one of its ends, bit for bit
     return list(torch._foreach_lerp(list(params), _like(source, params), restoration_mask(params, p, generator)))
 
 
 class CoTTA(Adapted):
-    """``forward(x)`` returns the TEACHER's logits of ``x``, then adapts; ``reset()`` restores the source exactly.
+    """Learns from an averaged teacher, theta' <- m theta' + (1 - m) theta, and restores weights with probability r.
 
+    ``forward(x)`` returns the TEACHER's logits of ``x``, then adapts; ``reset()`` restores the source exactly.
     Defaults are the published CIFAR-10-C configuration. ImageNet-C: ``lr=0.01``, ``restore_p=0.001``,
     ``threshold=0.1``, ``symmetric=True``, SGD with Nesterov momentum 0.9, batches of 64. To adapt to each batch alone
     ("episodic"), call ``reset()`` before it.
@@ -161,11 +176,11 @@ class CoTTA(Adapted):
         seed: int = 0,
     ) -> None:
         super().__init__(model)
-        check_positive("lr", lr)
-        check_positive("momentum", momentum, 1)
-        check_positive("restore_p", restore_p, 1)
-        if not (isinstance(n_views, int) and n_views >= 0 and isinstance(steps, int) and steps >= 1):
-            raise ValueError(f"n_views, steps: expected integers >= 0 and >= 1, got {n_views!r} and {steps!r}")
+        self.lr = number("lr", lr, 0)
+        self.momentum = number("momentum", momentum, 0, 1)
+        self.restore_p = number("restore_p", restore_p, 0, 1)
+        self.n_views = integer("n_views", n_views, 0)
+        self.steps = integer("steps", steps, 1)
         if math.isnan(threshold):
             raise ValueError("threshold: expected a number, got nan")
         if next(model.parameters(), None) is None:
@@ -183,7 +198,7 @@ class CoTTA(Adapted):
         # Anchor and source weights are one copy; BatchNorm's running statistics are never used again.
         use_batch_statistics(self.source).requires_grad_(False)
         self.dtypes = [t.dtype for t in _tensors(self.source)]
-        self.source._apply(at_least_float32)
+        self.source._apply(lambda t: at_least_float32(t) if t.is_floating_point() else t)
         self.reset()
 
     @torch.inference_mode(False)  # copies made in a caller's inference mode could never learn

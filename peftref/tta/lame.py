@@ -33,6 +33,7 @@ Differs from the official code: a lone sample keeps q (there: NaN, or a vote for
 log q comes from the logits, without a floor (an option here); the monitor counts :math:`\lambda` once, not twice.
 
 >>> import torch
+>>> from peftref.tta import affinity
 >>> q = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6]])  # the third sample is unsure ...
 >>> w = affinity(torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 0.2]]), k=2)  # ... and looks like the two others
 >>> laplacian_assign(q.log(), w).z.argmax(-1)
@@ -47,96 +48,61 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core.adapted import Adapted, at_least_float32, check_positive
+from .._checks import at_least_float32, integer, number
+from .core.adapted import Adapted
+from .core.graphs import Neighbours, affinity, check_graph, check_matrix, votes
 
-__all__ = ["Assignment", "LAME", "Neighbours", "affinity", "energy", "laplacian_assign"]
-
-KINDS = ("knn", "rbf", "linear")
-MIN_SIGMA = 1e-6  # rbf width when every sample has k copies: coincident pairs get 1, all others 0
-BLOCK = 1024  # rows of distances held at a time in the search for neighbours
-LOOK = {"cpu": 1}  # iterations between looks at whether all have stopped; 5 elsewhere, where a look stalls the queue
-
-
-class Neighbours(NamedTuple):
-    """A sparse W: row i holds ``weight[i, m]`` in column ``index[i, m]``; both ``(..., N, k)``."""
-
-    index: Tensor  # type: ignore[assignment] # hides the method of tuples
-    weight: Tensor
-
-    def dense(self) -> Tensor:
-        """The same W as an ``(..., N, N)`` matrix."""
-        empty = self.weight.new_zeros(*self.index.shape[:-1], self.index.shape[-2])
-        return empty.scatter_add(-1, self.index, self.weight)
+__all__ = ["Assignment", "LAME", "energy", "laplacian_assign", "vote_update"]
 
 
 class Assignment(NamedTuple):
-    """Result of :func:`laplacian_assign`."""
+    """Result of :func:`laplacian_assign`.
 
-    z: Tensor  # (..., N, K)
-    log_z: Tensor  # (..., N, K), exact where z underflows
-    energies: Tensor  # (..., T), the monitored E_n; a stream that has stopped repeats its last value
-    iterations: Tensor  # (...)
+    Attributes:
+        z: assignments, ``(..., N, K)``.
+        log_z: their logarithms, ``(..., N, K)``, exact where z underflows.
+        energies: the monitored E_n, ``(..., T)``; a stream that has stopped repeats its last value.
+        iterations: number of updates, ``(...)``.
+    """
+
+    z: Tensor
+    log_z: Tensor
+    energies: Tensor
+    iterations: Tensor
 
 
-def affinity(
-    features: Tensor, kind: str = "knn", k: int = 5, *, symmetric: bool = False, normalise: bool = True
-) -> Neighbours | Tensor:
-    r"""Affinity W of features (eq-lame-affinity), ``(..., N, d) -> (..., N, N)``; for knn as :class:`Neighbours`.
-
-    ``"knn"``: 1 for the k nearest *other* samples of each row, else 0. ``"rbf"``: :math:`\exp(-D^2/2\sigma^2)` with
-    :math:`\sigma` the mean over rows of the k-th smallest distance, self included. ``"linear"``:
-    :math:`\phi_i^\top\phi_j`; where negative, samples repel. A row with a non-finite entry is linked to nothing.
+def vote_update(log_q: Tensor, affinity: Neighbours | Tensor, z: Tensor, strength: float = 1.0) -> Tensor:
+    """Logits of the next assignments: a_i = log q_i + lambda (W Z)_i, so that z_i <- softmax(a_i).
 
     Args:
-        features: a batch, or streams of them along leading dimensions; half precision is computed in float32.
-        kind: as above (official default: rbf; here knn, which is sparse and whose votes count in whole nats).
-        k: neighbours (5: official configuration).
-        symmetric: :math:`(W+W^\top)/2`, always dense (official option, off).
-        normalise: scale each row to length 1 first, as in the paper.
-
-    >>> affinity(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), k=1).index.mT
-    tensor([[1, 0, 1]])
+        log_q: log-probabilities of the network, ``(..., N, K)``.
+        affinity: W, of :func:`peftref.tta.affinity`, or ``(..., N, N)``.
+        z: present assignments, ``(..., N, K)``.
+        strength: lambda, the nats that a class gains for each neighbour that agrees on it.
     """
-    _check(kind=kind, k=k)
-    phi = _matrix("features", features)
-    linked = phi.isfinite().all(-1)  # (..., N)
-    phi = phi.masked_fill(~linked[..., None], 0.0)
-    linked = linked & (linked.sum(-1, keepdim=True) > 1)  # a lone sample keeps its q: no vote for itself
-    phi = F.normalize(phi, dim=-1) if normalise else phi  # a zero vector stays zero
-    if kind == "knn":
-        near = _nearest(phi, linked, k)
-        if not symmetric:
-            return near
-        w = near.dense()
-    else:
-        pairs = linked[..., :, None] & linked[..., None, :]
-        w = (_product(phi, phi.mT) if kind == "linear" else _rbf(phi, pairs, k)).masked_fill(~pairs, 0.0)
-    return (w + w.mT) / 2 if symmetric else w
-
-
-def energy(z: Tensor, log_probs: Tensor, affinity: Neighbours | Tensor, strength: float = 1.0) -> Tensor:
-    """The objective E(Z) of each batch, ``(..., N, K) -> (...)``; 0 log 0 counts as 0."""
-    z, log_q = at_least_float32(z), at_least_float32(log_probs)
-    # eq-lame-objective:  E = sum_i KL(z_i || q_i) - lambda/2 sum_ij w_ij z_i.z_j
-    kl = torch.where(z > 0, z * (z.log() - log_q), 0.0).sum((-2, -1))
-    return kl - strength / 2 * (z * _votes(affinity, z)).sum((-2, -1))
+    # eq-lame-update:  a_i = log q_i + lambda (W Z)_i
+    return torch.add(log_q, votes(affinity, z), alpha=strength)
 
 
 def laplacian_assign(
-    log_probs: Tensor, affinity: Neighbours | Tensor, strength: float = 1.0, *, floor: float = 0.0,
-    max_iterations: int = 100, tolerance: float = 1e-8,
-) -> Assignment:  # fmt: skip
-    r"""Iterate eq-lame-update from Z = Q until the monitored value (eq-lame-monitor) rests.
+    log_probs: Tensor,
+    affinity: Neighbours | Tensor,
+    strength: float = 1.0,
+    *,
+    floor: float = 0.0,
+    max_iterations: int = 100,
+    tolerance: float = 1e-8,
+) -> Assignment:
+    r"""Iterate z_i <- softmax(log q_i + lambda (W Z)_i) from Z = Q until the monitored value (eq-lame-monitor) rests.
 
     E falls at each step if W is symmetric positive semi-definite (rbf, linear); on the raw knn graph, which is neither,
     it usually converges.
 
     Args:
         log_probs: log q; -inf is allowed. A row that is no distribution (a NaN, +inf, all -inf) starts uniform.
-        affinity: of :func:`affinity`, or any dense ``(..., N, N)`` or sparse ``(N, N)`` tensor.
+        affinity: of :func:`peftref.tta.affinity`, or any dense ``(..., N, N)`` or sparse ``(N, N)`` tensor.
         strength: :math:`\lambda` (1: paper), the nats a class gains for each neighbour that agrees on it.
         floor: use log(q + floor) for log q (official code: 1e-10).
         max_iterations: at most this many (100: official code).
@@ -145,49 +111,60 @@ def laplacian_assign(
     Shape:
         ``(..., N, K), (..., N, N) -> (..., N, K)``; leading dimensions are streams, each of which stops by itself.
     """
-    log_q = _matrix("log_probs", log_probs)
-    _check(max_iterations=max_iterations)
-    for name, value in (("strength", strength), ("floor", floor), ("tolerance", tolerance)):
-        check_positive(name, value)
-    got = affinity.index.shape[:-1] if isinstance(affinity, Neighbours) else affinity.shape[-2:]
-    expected = log_q.shape[:-1] if isinstance(affinity, Neighbours) else 2 * log_q.shape[-2:-1]
-    if got != expected:
-        raise ValueError(f"affinity: expected {tuple(expected)}, for the rows of log_probs, got {tuple(got)}")
-    log_q = torch.logaddexp(log_q, log_q.new_tensor(math.log(floor))) if floor else log_q
+    log_q = check_matrix("log_probs", log_probs)
+    integer("max_iterations", max_iterations, 1)
+    number("strength", strength, 0)
+    number("floor", floor, 0)
+    number("tolerance", tolerance, 0)
+    _check_fits(affinity, log_q)
+    if floor:
+        log_q = torch.logaddexp(log_q, log_q.new_tensor(math.log(floor)))
     log_q = torch.where(log_q.logsumexp(-1, keepdim=True).isfinite(), log_q, -math.log(log_q.shape[-1]))
 
-    a, z, last, energies = log_q, log_q.softmax(-1), log_q[..., 0], []
-    done = torch.zeros(log_q.shape[:-2], dtype=torch.bool, device=log_q.device)
-    iterations = torch.zeros_like(done, dtype=torch.long)
-    every = LOOK.get(log_q.device.type, 5)
-    for n in range(max_iterations):
-        # eq-lame-update:  z_i <- softmax(log q_i + lambda (W Z)_i)
-        update = torch.add(log_q, _votes(affinity, z), alpha=strength)
-        # A stream that has stopped keeps its a, and with it z and E: company never changes a result.
-        a = torch.where(done[..., None, None], a, update) if every > 1 or done.any() else update
+    a = log_q
+    z = log_q.softmax(-1)
+    monitor = _Monitor(log_q, tolerance)
+    for _ in range(max_iterations):
+        update = vote_update(log_q, affinity, z, strength)
+        a = monitor.freeze(a, update)
         z = a.softmax(-1)
-        # eq-lame-monitor:  E_n = -sum_i log sum_k exp(a_ik), where log-sum-exp(a) = max a - log max softmax(a)
-        lse = a.amax(-1) - z.amax(-1).log()  # (..., N)
-        energies.append(-lse.sum(-1))
-        iterations = iterations + ~done
-        if n > 1:  # sum the differences: in float32 the difference of the sums would hide a change of 1e-8
-            done = done | ((lse - last).sum(-1).abs() <= tolerance * last.sum(-1).abs())
-            if n % every == every - 1 and done.all():
-                break
-        last = lse
-    monitored = torch.stack(energies, -1)[..., : max(iterations.flatten().tolist(), default=0)]
-    return Assignment(z, a.log_softmax(-1), monitored, iterations)
+        if monitor.all_stopped(a, z):
+            break
+    return Assignment(z, a.log_softmax(-1), monitor.values(), monitor.iterations)
+
+
+def energy(z: Tensor, log_probs: Tensor, affinity: Neighbours | Tensor, strength: float = 1.0) -> Tensor:
+    """The objective of each batch, E = sum_i KL(z_i || q_i) - lambda/2 sum_ij w_ij z_i.z_j; 0 log 0 counts as 0.
+
+    Args:
+        z: assignments, ``(..., N, K)``.
+        log_probs: log q, ``(..., N, K)``.
+        affinity: W, as for :func:`laplacian_assign`.
+        strength: lambda.
+
+    Returns:
+        ``(...)``.
+    """
+    z = at_least_float32(z)
+    log_q = at_least_float32(log_probs)
+    # eq-lame-objective:  E = sum_i KL(z_i || q_i) - lambda/2 sum_ij w_ij z_i.z_j
+    kl = torch.where(z > 0, z * (z.log() - log_q), 0.0).sum((-2, -1))
+    return kl - strength / 2 * (z * votes(affinity, z)).sum((-2, -1))
 
 
 class LAME(Adapted):
-    """``forward(x)`` returns the log-assignments of a batch, usable as logits; nothing carries over to the next one.
+    """Corrects the outputs of each batch by its neighbours' votes, z_i <- softmax(log q_i + lambda sum_j w_ij z_j).
 
-    The network keeps its source statistics: by its own, a batch of one class loses the features its samples share.
+    ``forward(x)`` returns the log-assignments of a batch, usable as logits; nothing carries over to the next one. The
+    network keeps its source statistics: by its own, a batch of one class loses the features its samples share.
 
     Args:
         model: any classifier; copied, never changed. One backbone pass yields logits and features.
-        kind, k, symmetric: see :func:`affinity`.
-        strength, max_iterations: see :func:`laplacian_assign`.
+        kind: of the graph, "knn", "rbf" (official default) or "linear", see :func:`peftref.tta.affinity`.
+        k: neighbours (5: official configuration).
+        strength: lambda, the nats that a class gains for each neighbour that agrees on it (1: paper).
+        symmetric: make W symmetric (official option, off).
+        max_iterations: at most this many updates (100: official code).
         head: name of the final layer, whose input are the features (``"fc"`` in torchvision's ResNets). Not needed for
             a model that has timm's ``forward_features`` and ``forward_head``.
 
@@ -199,17 +176,27 @@ class LAME(Adapted):
     """
 
     def __init__(
-        self, model: nn.Module, kind: str = "knn", k: int = 5, strength: float = 1.0, *, symmetric: bool = False,
-        max_iterations: int = 100, head: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        kind: str = "knn",
+        k: int = 5,
+        strength: float = 1.0,
+        *,
+        symmetric: bool = False,
+        max_iterations: int = 100,
+        head: str | None = None,
+    ) -> None:
         super().__init__(model)
-        _check(kind=kind, k=k, max_iterations=max_iterations)
-        check_positive("strength", strength)
+        check_graph(kind, k)
         timm_like = hasattr(model, "forward_features") and hasattr(model, "forward_head")
         if not (timm_like if head is None else head in dict(model.named_modules())):
             raise ValueError(f"head: expected a layer of the model, as it lacks forward_features/_head; got {head!r}")
-        self.kind, self.k, self.strength, self.symmetric = kind, k, strength, symmetric
-        self.max_iterations, self.head = max_iterations, head
+        self.kind = kind
+        self.k = k
+        self.strength = number("strength", strength, 0)
+        self.symmetric = symmetric
+        self.max_iterations = integer("max_iterations", max_iterations, 1)
+        self.head = head
 
     def reset(self) -> None:
         """Nothing to undo: no batch leaves a trace."""
@@ -239,62 +226,52 @@ class LAME(Adapted):
             hook.remove()
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    with torch.autocast(b.device.type, enabled=False):  # distances in bfloat16 lose the neighbours
-        return a @ b
+class _Monitor:
+    """Which streams have stopped, because E_n changed by less than ``tolerance`` of its value; each for itself."""
+
+    def __init__(self, log_q: Tensor, tolerance: float) -> None:
+        self.tolerance = tolerance
+        self.every = _every(log_q.device)
+        self.stopped = torch.zeros(log_q.shape[:-2], dtype=torch.bool, device=log_q.device)
+        self.iterations = torch.zeros_like(self.stopped, dtype=torch.long)
+        self.last = log_q[..., 0]
+        self.energies: list[Tensor] = []
+
+    def freeze(self, a: Tensor, update: Tensor) -> Tensor:
+        """A stream that has stopped keeps its a, and with it z and E; the others take the update."""
+        if self.every == 1 and not self.stopped.any():
+            return update
+        return torch.where(self.stopped[..., None, None], a, update)
+
+    def all_stopped(self, a: Tensor, z: Tensor) -> bool:
+        """Note E_n; on an accelerator the answer is looked at only now and then."""
+        n = len(self.energies)
+        # eq-lame-monitor:  E_n = -sum_i log sum_k exp(a_ik), where log-sum-exp(a) = max a - log max softmax(a)
+        lse = a.amax(-1) - z.amax(-1).log()  # (..., N)
+        self.energies.append(-lse.sum(-1))
+        self.iterations = self.iterations + ~self.stopped
+        if n > 1:  # sum the differences: in float32 the difference of the sums would hide a change of 1e-8
+            change = (lse - self.last).sum(-1).abs()
+            self.stopped = self.stopped | (change <= self.tolerance * self.last.sum(-1).abs())
+        self.last = lse
+        return n > 1 and n % self.every == self.every - 1 and bool(self.stopped.all())
+
+    def values(self) -> Tensor:
+        """E_n of every iteration of the stream that stopped last."""
+        return torch.stack(self.energies, -1)[..., : max(self.iterations.flatten().tolist(), default=0)]
 
 
-def _votes(w: Neighbours | Tensor, z: Tensor) -> Tensor:
-    """W Z. Neighbours are summed by one fused gather: N k K operations instead of N^2 K, and no N x k x K."""
-    if not isinstance(w, Neighbours):
-        return _product(w.to(z), z)
-    n, k = w.index.shape[-2:]
-    if k == 0:
-        return torch.zeros_like(z)
-    first = torch.arange(0, z.shape[:-1].numel(), n, device=z.device).view(*z.shape[:-2], 1, 1)  # row 0 of each stream
-    index, weight = (w.index + first).reshape(-1, k), w.weight.to(z).reshape(-1, k)
-    return F.embedding_bag(index, z.flatten(0, -2), mode="sum", per_sample_weights=weight).view_as(z)
+def _every(device: torch.device) -> int:
+    """Iterations between looks at whether all have stopped: a look stalls the queue of an accelerator."""
+    return 1 if device.type == "cpu" else 5
 
 
-def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """|a|^2 + |b|^2 - 2 a.b, never N x N x d; what the rounding of that sum would drown counts as 0."""
-    scale = a.square().sum(-1)[..., :, None] + b.square().sum(-1)[..., None, :]
-    d2 = scale - 2 * _product(a, b.mT)
-    return d2.masked_fill(d2 <= 16 * torch.finfo(a.dtype).eps * scale, 0.0)
-
-
-def _nearest(phi: Tensor, linked: Tensor, k: int) -> Neighbours:
-    # eq-lame-affinity, knn: in blocks of rows, so memory is BLOCK x N
-    others, found = torch.arange(phi.shape[-2], device=phi.device), []
-    for i in others.split(BLOCK):
-        allowed = linked[..., i, None] & linked[..., None, :] & (i[:, None] != others)
-        d2 = _squared_distances(phi[..., i, :], phi).masked_fill(~allowed, math.inf)
-        found.append(d2.topk(max(min(k, len(others) - 1), 0), dim=-1, largest=False))
-    distance, index = (torch.cat(t, -2) for t in zip(*found, strict=True))
-    return Neighbours(index, distance.isfinite().to(phi.dtype))  # weight 0 where there are fewer than k to link
-
-
-def _rbf(phi: Tensor, pairs: Tensor, k: int) -> Tensor:
-    # eq-lame-affinity, rbf:  w_ij = exp(-D_ij^2 / 2 sigma^2)
-    d2 = _squared_distances(phi, phi)
-    d2.diagonal(dim1=-2, dim2=-1).zero_()
-    smallest = d2.masked_fill(~pairs, math.inf).topk(min(k, phi.shape[-2]), dim=-1, largest=False).values.sqrt()
-    kth = F.pad(smallest.masked_fill(smallest.isinf(), 0.0), (1, 0)).amax(-1)  # fewer than k linked, or none: the last
-    sigma = (kth.sum(-1) / pairs.any(-1).sum(-1).clamp_min(1)).clamp_min(MIN_SIGMA)
-    return (-d2 / (2 * sigma[..., None, None] ** 2)).exp()
-
-
-def _matrix(name: str, t: Tensor) -> Tensor:
-    if not isinstance(t, Tensor) or not t.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point tensor, got {getattr(t, 'dtype', type(t).__name__)}")
-    if t.ndim < 2 or t.shape[-1] == 0:
-        raise ValueError(f"{name}: expected shape (..., N, at least 1), got {tuple(t.shape)}")
-    return at_least_float32(t)
-
-
-def _check(kind: str = "knn", **counts: int) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
-    for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+def _check_fits(affinity: Neighbours | Tensor, log_q: Tensor) -> None:
+    if isinstance(affinity, Neighbours):
+        got = affinity.index.shape[:-1]
+        expected = log_q.shape[:-1]
+    else:
+        got = affinity.shape[-2:]
+        expected = 2 * log_q.shape[-2:-1]
+    if got != expected:
+        raise ValueError(f"affinity: expected {tuple(expected)}, for the rows of log_probs, got {tuple(got)}")

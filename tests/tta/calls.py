@@ -59,6 +59,10 @@ CALLS: dict[str, Callable[[], Call]] = {
             tolerance=1e-8,
         ),
     ),
+    "vote_update": lambda: (
+        tta.vote_update,
+        dict(log_q=t(8, 4).log_softmax(1), affinity=tta.affinity(t(8, 5), k=2), z=t(8, 4).softmax(1), strength=1.0),
+    ),
     "Tent": lambda: (tta.Tent, dict(model=normed(), lr=0.001)),
     "Tent.forward": lambda: (tta.Tent(normed()), dict(x=t(8, 6))),
     "entropy": lambda: (tta.entropy, dict(logits=t(8, 4))),
@@ -75,6 +79,7 @@ KERNELS = {
     "consistency_loss",
     "ema",
     "energy",
+    "vote_update",
     "restoration_mask",
     "restore",
 }
@@ -94,9 +99,7 @@ NAMELESS = {
     for name in (
         "Adapted",
         "adapting",
-        "at_least_float32",
         "batch_norms",
-        "check_positive",
         "freeze",
         "gradient_step",
         "norm_affine",

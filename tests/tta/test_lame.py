@@ -17,8 +17,8 @@ from sklearn.neighbors import kneighbors_graph
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from peftref.tta import lame
-from peftref.tta.lame import LAME, Neighbours, affinity, energy, laplacian_assign
+from peftref.tta import LAME, Neighbours, affinity, energy, lame, laplacian_assign
+from peftref.tta.core import graphs
 from tests._naive import lame as naive
 
 KINDS = ("knn", "rbf", "linear")
@@ -256,7 +256,7 @@ def test_knn_is_scikit_learns(k):
 def test_blocks_of_rows_change_nothing(monkeypatch):
     features, _ = problem(20)
     whole = affinity(features).dense()
-    monkeypatch.setattr(lame, "BLOCK", 7)
+    monkeypatch.setattr(graphs, "BLOCK", 7)
     assert torch.equal(affinity(features).dense(), whole)
 
 
@@ -346,7 +346,7 @@ def test_looking_less_often_changes_nothing(monkeypatch):
     for w, q in ((affinity(features), log_q), (affinity(features[0]), log_q[0])):
         each_time = laplacian_assign(q, w)
         with monkeypatch.context() as patch:
-            patch.setitem(lame.LOOK, "cpu", 5)
+            patch.setattr(lame, "_every", lambda device: 5)
             fifth = laplacian_assign(q, w)
         assert all(torch.equal(a, b) for a, b in zip(each_time, fifth, strict=True))
 

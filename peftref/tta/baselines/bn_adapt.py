@@ -37,13 +37,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..core.adapted import Adapted, batch_norms, check_positive, use_batch_statistics
+from ..._checks import number
+from ..core.adapted import Adapted, batch_norms, use_batch_statistics
 
 __all__ = ["BNAdapt"]
 
 
 class BNAdapt(Adapted):
-    """``forward(x)`` returns the logits of ``x`` with BatchNorm statistics mixed from source and batch; stateless.
+    """Mixes BatchNorm's statistics, mu = (1 - alpha) mu_source + alpha mu_batch, and returns the logits; stateless.
 
     Args:
         model: a classifier with BatchNorm layers; copied, never changed.
@@ -58,12 +59,11 @@ class BNAdapt(Adapted):
 
     def __init__(self, model: nn.Module, alpha: float = 1.0) -> None:
         super().__init__(model)
-        check_positive("alpha", alpha, 1)
+        self.alpha = number("alpha", alpha, 0, 1)
         if not batch_norms(model):
             raise ValueError("model: expected at least one BatchNorm layer, got none")
         if alpha < 1 and any(m.running_mean is None for m in batch_norms(model)):
             raise ValueError("model: expected BatchNorm layers with running statistics to mix with, got one without")
-        self.alpha = alpha
         self.reset()
 
     def reset(self) -> None:

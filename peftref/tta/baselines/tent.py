@@ -36,13 +36,12 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from ..._checks import at_least_float32, number
 from ..core.adapted import (
     Adapted,
     OptimizerFactory,
     adapting,
-    at_least_float32,
     batch_norms,
-    check_positive,
     freeze,
     gradient_step,
     norm_affine,
@@ -53,14 +52,16 @@ __all__ = ["Tent", "entropy"]
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats of each row: ``(..., K) -> (...)``; finite for finite logits."""
+    """Entropy of each row in nats, H_i = -sum_k p_ik log p_ik: ``(..., K) -> (...)``; finite for finite logits."""
     log_p = at_least_float32(logits).log_softmax(-1)
     # eq-tent-loss:  H_i = -sum_k p_ik log p_ik
     return -(log_p.exp() * log_p).sum(-1)
 
 
 class Tent(Adapted):
-    """``forward(x)`` returns the logits of ``x``, then takes one step on them; ``reset()`` restores the source exactly.
+    """Steps down the entropy -1/N sum_ik p_ik log p_ik of each batch, over the normalisation layers' scales and shifts.
+
+    ``forward(x)`` returns the logits of ``x``, then takes one step on them; ``reset()`` restores the source exactly.
 
     Args:
         model: any classifier with normalisation layers; copied, never changed.
@@ -77,7 +78,8 @@ class Tent(Adapted):
 
     def __init__(self, model: nn.Module, lr: float = 1e-3, optimizer: OptimizerFactory = torch.optim.Adam) -> None:
         super().__init__(model)
-        check_positive("lr", lr)
+        self.lr = number("lr", lr, 0)
+        self.optimizer_factory = optimizer
         if not norm_affine(model):
             raise ValueError(
                 "model: expected at least one normalisation layer with a scale or shift to adapt, got none"

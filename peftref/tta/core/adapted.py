@@ -16,9 +16,7 @@ __all__ = [
     "Adapted",
     "OptimizerFactory",
     "adapting",
-    "at_least_float32",
     "batch_norms",
-    "check_positive",
     "freeze",
     "gradient_step",
     "norm_affine",
@@ -45,13 +43,8 @@ def use_batch_statistics(model: nn.Module) -> nn.Module:
     """Make BatchNorm normalise by the statistics of the batch, in ``train()`` and in ``eval()`` alike. In place."""
     for m in batch_norms(model):
         m.track_running_stats = False
-        m.running_mean = m.running_var = m.num_batches_tracked = None
+        m.running_mean = m.running_var = m.num_batches_tracked = None  # BatchNorm's sign for "of the batch"
     return model
-
-
-def at_least_float32(t: Tensor) -> Tensor:
-    """Half-precision tensors in float32, all others as they are."""
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
 def adapting(forward: Callable[[Method, Tensor], Tensor]) -> Callable[[Method, Tensor], Tensor]:
@@ -113,7 +106,8 @@ def gradient_step(loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
         Whether the step was taken.
     """
     try:
-        if finite := bool(loss.isfinite()):  # one broken batch must not poison the model for the rest of the stream
+        finite = bool(loss.isfinite())  # one broken batch must not poison the model for the rest of the stream
+        if finite:
             loss.backward()
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             finite = bool(torch.nn.utils.get_total_norm(gradients, math.inf).isfinite())
@@ -122,13 +116,6 @@ def gradient_step(loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
     finally:
         optimizer.zero_grad(set_to_none=True)
     return finite
-
-
-def check_positive(name: str, value: float, upper: float | None = None) -> None:
-    """``value`` must lie in ``[0, upper]``."""
-    if not (0 <= value < math.inf and (upper is None or value <= upper)):
-        interval = "[0, inf)" if upper is None else f"[0, {upper:g}]"
-        raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
 
 
 def freeze(parameters: Iterable[nn.Parameter], trainable: Iterable[nn.Parameter]) -> None:
