@@ -187,12 +187,12 @@ def rows(values: Mapping[tuple[str, str], Sequence[float]]) -> list[dict[str, An
 
 def methods(kappa: float, strength: float) -> dict[str, Method]:
     """What is done to the network before training, by name."""
-    groups = {"groups": 4}  # the usual 32 would leave one channel in each, in layers this thin
+    four = partial(group_norm, groups=4)  # the usual 32 would leave one channel in each, in layers this thin
     return {
         "BN": batch_norm,
         "CMA": exchange(partial(convert, tasks=TASKS, kappa=0.0)),
-        "GN": exchange(partial(replace_batch_norms, make=partial(group_norm, **groups))),
-        "CN": exchange(partial(replace_batch_norms, make=partial(continual_norm, **groups))),
+        "GN": exchange(partial(replace_batch_norms, make=four)),
+        "CN": exchange(partial(replace_batch_norms, make=partial(continual_norm, groups=4))),
         "AdaB2N": adab2n(kappa, strength),
         "only kappa": exchange(partial(convert, tasks=TASKS, kappa=kappa)),
         "only psi": adab2n(1.0, 0.0),
