@@ -6,7 +6,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from peftref.merging.core.loop import merge
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -14,6 +13,7 @@ from benchmarks._timing import Row, bytes_floor, compare
 from peftref.data import load
 from peftref.data.domains import generator_for
 from peftref.merging.baselines.arithmetic import wise_ft
+from peftref.merging.core.loop import merge
 from peftref.merging.experiments import spurious
 from peftref.merging.experiments.colournets import ColourNets, scenes, train
 from peftref.merging.experiments.multicolor import colour_maps, multicolor

@@ -21,14 +21,14 @@ from mergekit.graph import Executor
 from mergekit.merge_methods import merge_state_dicts
 from mergekit.options import MergeOptions
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, SimpleLoaderCache, plan_flat_merge
-from peftref.merging.core.checkpoints import SINGLE, merge_checkpoints
-from peftref.merging.core.loop import merge
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks._timing import Row, bytes_floor, compare
 from peftref.merging.baselines.arithmetic import task_arithmetic
 from peftref.merging.baselines.ties import ties
+from peftref.merging.core.checkpoints import SINGLE, merge_checkpoints
+from peftref.merging.core.loop import merge
 
 PEER = f"mergekit {version('mergekit')}"
 MODELS, SCALES = ("a", "b"), (0.4, 0.4)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks._timing import Row, bytes_floor, compare
-from peftref.merging.rws import Patched, first, signature, units
+from peftref.merging import Patched, first, signature, units
 from tests._naive.rws import published_signature, vector_signature
 
 PROJECTOR = "d x d projector of the published code (tests/_naive/rws.py)"

@@ -56,6 +56,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import integer, number
+
 __all__ = [
     "bang_loss",
     "calibration_error",
@@ -71,7 +73,11 @@ OUTCOMES = ["".join("FT"[right] for right in cell) for cell in product((0, 1), r
 
 
 def smooth(targets: Tensor, smoothing: float = 0.1) -> Tensor:
-    """Label smoothing (eq-bang-smooth) of targets ``(..., K)``, one-hot or soft.
+    """Label smoothing (eq-bang-smooth) of targets: y~ = (1 - eps) y + eps / K.
+
+    Args:
+        targets: ``(..., K)``, one-hot or soft.
+        smoothing: eps, in [0, 1).
 
     Raises:
         ValueError: ``smoothing`` outside [0, 1), or fewer than two classes.
@@ -85,7 +91,9 @@ def smooth(targets: Tensor, smoothing: float = 0.1) -> Tensor:
 def mixup(
     x: Tensor, targets: Tensor, mixing: float = 0.5, *, generator: torch.Generator, nu: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    r"""Mix each sample with a random partner (eq-bang-mixup): one :math:`\nu` for the batch, the same for x and y.
+    r"""Mix each sample with a random partner (eq-bang-mixup): x~ = nu x_i + (1 - nu) x_j, and the targets alike.
+
+    One :math:`\nu` for the batch, the same for x and y.
 
     Args:
         x: inputs ``(N, ...)``.
@@ -104,15 +112,23 @@ def mixup(
         raise ValueError(f"targets: expected shape ({len(x)}, K), for the inputs, got {tuple(targets.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x: expected floating-point inputs, got {x.dtype}")
-    if nu is not None and not 0 <= nu <= 1:
-        raise ValueError(f"nu: expected a number in [0, 1], got {nu}")
+    if nu is not None:
+        number("nu", nu, 0, 1)
     drawn, partner = _draw(len(x), mixing, generator)
     nu = drawn if nu is None else nu
     return _mix(x, nu, partner), _mix(targets, nu, partner)
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    r"""Mean over all rows of :math:`-\sum_k\tilde y_k\log p_k`; ``logits`` and ``targets`` are ``(..., K)``."""
+    """Cross-entropy against soft targets: the mean over all rows of -sum over k of y~_k log p_k.
+
+    Args:
+        logits: ``(..., K)``.
+        targets: distributions of the same shape.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
     if logits.shape != targets.shape:
         raise ValueError(f"targets: expected shape {tuple(logits.shape)}, as logits, got {tuple(targets.shape)}")
     return -(targets * logits.log_softmax(-1)).sum(-1).mean()
@@ -131,10 +147,11 @@ def bang_loss(
 
     Args:
         model: a classifier.
-        x, y: inputs ``(N, ...)`` and classes ``(N,)``.
-        smoothing: see :func:`smooth`; 0 for none.
-        mixing: see :func:`mixup`; ``None`` for none. With neither this is the usual cross-entropy.
-        generator: see :func:`mixup`; not used without mixing.
+        x: inputs ``(N, ...)``.
+        y: classes ``(N,)``.
+        smoothing: of the labels, in [0, 1); 0 for none.
+        mixing: a of Mixup's Beta(a, a); ``None`` for none. With neither this is the usual cross-entropy.
+        generator: of Mixup's draws; not used without mixing.
     """
     _check(smoothing=smoothing, mixing=mixing)
     if y.shape != x.shape[:1] or y.is_floating_point() or (y < 0).any():
@@ -167,9 +184,14 @@ def fine_tune(
 
     Args:
         model: the starting point, head included; never changed.
-        x, y: inputs ``(N, ...)`` and classes ``(N,)``.
-        smoothing, mixing: see :func:`bang_loss`; ``0.0`` and ``None`` for plain fine-tuning.
-        epochs, lr, batch_size, weight_decay: of the optimiser.
+        x: inputs ``(N, ...)``.
+        y: classes ``(N,)``.
+        smoothing: of the labels; 0 for none.
+        mixing: a of Mixup's Beta(a, a); ``None`` for none.
+        epochs: passes over the data.
+        lr: learning rate at the start.
+        batch_size: samples in a batch.
+        weight_decay: of AdamW.
         seed: of the order of the samples, and of Mixup.
 
     Returns:
@@ -178,9 +200,8 @@ def fine_tune(
     _check(smoothing=smoothing, mixing=mixing)
     if len(x) != len(y) or len(x) == 0:
         raise ValueError(f"x, y: expected equal, positive numbers of inputs and classes, got {len(x)} and {len(y)}")
-    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+    integer("epochs", epochs, 1)
+    integer("batch_size", batch_size, 1)
     order = torch.Generator().manual_seed(seed)
     mixer = torch.Generator().manual_seed(seed + 1)
     tuned = copy.deepcopy(model).train()
@@ -204,7 +225,9 @@ def outcomes(y: Tensor, first: Tensor, second: Tensor, average: Tensor) -> pd.Da
 
     Args:
         y: classes ``(N,)``.
-        first, second, average: predicted classes ``(N,)``.
+        first: classes ``(N,)`` that one model predicts.
+        second: those of the other model.
+        average: those of the average.
 
     Returns:
         A row for each case, e.g. ``table.loc["FFT", "fraction"]``. The columns ``first``, ``second``, ``average`` say
@@ -243,8 +266,7 @@ def calibration_error(probs: Tensor, y: Tensor, bins: int = 15) -> float:
     top, predicted = _distributions(probs).double().max(-1)
     if y.shape != top.shape:
         raise ValueError(f"y: expected shape {tuple(top.shape)}, got {tuple(y.shape)}")
-    if not isinstance(bins, int) or bins < 1:
-        raise ValueError(f"bins: expected an integer >= 1, got {bins!r}")
+    integer("bins", bins, 1)
     place = torch.bucketize(top, torch.linspace(0, 1, bins + 1, dtype=top.dtype, device=top.device)[1:-1])
     # sum_b n_b/N |acc_b - conf_b| = sum_b |sum of (right - confidence) in b| / N
     gaps = top.new_zeros(bins).index_add(0, place, (predicted == y).to(top) - top)

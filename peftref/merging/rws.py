@@ -37,6 +37,7 @@ replace it); layers are units of the network's structure, or any names you list 
 dict); taking a patch off restores every bit; no input is changed.
 
 >>> import torch
+>>> from peftref.merging import Patched, apply, first, units
 >>> zero = {"w": torch.zeros(2)}
 >>> clean, foggy = {"w": torch.tensor([2.0, 0.0])}, {"w": torch.tensor([3.0, 1.0])}
 >>> fog = signature(zero, clean, foggy, ["w"])  # the first axis is the task: what fog adds to it is left out
@@ -62,15 +63,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from .._checks import number
 from .baselines.arithmetic import average
-from .core.aligned import check_names, check_states, check_tensors, finite
+from .core.aligned import State, check_names, check_states, check_tensors, layout_of
 from .core.batchnorm import batchnorms, recalibrate
-from .core.loop import State, layout_of, merge, upcast
-from .core.patching import Patched as Patched
-from .core.patching import apply as apply
-from .core.quantise import quantise as quantise
-from .core.units import first as first  # the neighbours that a signature is used with, under one roof
-from .core.units import units as units
+from .core.loop import merge, upcast
 
 __all__ = ["average_batchnorm", "blend_statistics", "compose", "signature"]
 
@@ -88,8 +85,13 @@ def signature(
 ) -> dict[str, Tensor]:
     r"""The signature of one corruption (eq-rws-signature); each tensor has clean's device and type, at least float32.
 
+    For each tensor: rho = delta - beta tau, with delta = robust - clean, tau = clean - pretrained, and
+    beta = <delta, tau> / |tau|^2. Tensors outside ``names`` may differ in anything.
+
     Args:
-        pretrained, clean, robust: :math:`\theta_0,\theta_s,\theta_c`; tensors outside ``names`` may differ in anything.
+        pretrained: :math:`\theta_0`, the common start.
+        clean: :math:`\theta_s`, fine-tuned on clean images.
+        robust: :math:`\theta_c`, fine-tuned on images with the corruption.
         names: tensors wanted, as of :func:`~peftref.merging.core.units.first`; or a function that says of each of
             clean's floating-point tensors, by its name, whether it is wanted.
         project: False gives the plain difference (eq-rws-naive).
@@ -109,7 +111,8 @@ def signature(
     beta: dict[str, Tensor] = {}  # kept where they are: a look at each would stall the device's queue
     for name in names:
         theta_s = upcast(clean[name])
-        theta_0, theta_c = (state[name].detach().to(theta_s) for state in (pretrained, robust))
+        theta_0 = pretrained[name].detach().to(theta_s)
+        theta_c = robust[name].detach().to(theta_s)
         # eq-rws-naive:  delta_c = theta_c - theta_s
         rho[name] = theta_c - theta_s
         if project:
@@ -117,7 +120,8 @@ def signature(
             tau = theta_s - theta_0
             beta[name] = _task_share(rho[name], tau, theta_0)
             rho[name].addcmul_(tau, beta[name], value=-1)
-    if broken := [name for name, b in beta.items() if not b.isfinite()]:
+    broken = [name for name, b in beta.items() if not b.isfinite()]
+    if broken:
         raise ValueError(f"pretrained, clean, robust: expected finite weights, got others in {', '.join(broken)}")
     return rho
 
@@ -132,9 +136,11 @@ def compose(
 ) -> dict[str, Tensor]:
     r"""One patch from any number of signatures: the sum in eq-rws-patch. No signature, or no weight: an empty patch.
 
+    patch = sum over c of alpha_c rho_c, with alpha_c = strength times weight.
+
     Args:
         signatures: of :func:`signature`, or of a quantised one's ``dequantise()``. They may cover different layers.
-        weights: one number for each (1/n: official code).
+        weights: one for each signature (1/n: official code).
         strength: multiplies them all: :math:`\alpha_c` is strength times weight (1: official code).
         official_scale: use :math:`\alpha_c^2`, as the official code does.
 
@@ -147,7 +153,7 @@ def compose(
     weights = [1 / max(len(signatures), 1)] * len(signatures) if weights is None else weights
     if len(weights) != len(signatures):
         raise ValueError(f"weights: expected {len(signatures)}, one for each signature, got {len(weights)}")
-    scales = [finite("strength", strength) * finite("weights", w) for w in weights]
+    scales = [number("strength", strength) * number("weights", w) for w in weights]
     seen: dict[str, Tensor] = {}
     for i, rho in enumerate(signatures):
         label = f"signatures[{i}]"
@@ -203,8 +209,7 @@ def blend_statistics(model: nn.Module, batches: Iterable[Tensor], strength: floa
     Returns:
         ``model``.
     """
-    if not 0 <= finite("strength", strength) <= 1:
-        raise ValueError(f"strength: expected a number in [0, 1], got {strength!r}")
+    number("strength", strength, 0, 1)
     layers = batchnorms(model).values()
     running = [t for m in layers for t in (m.running_mean, m.running_var) if t is not None]
     before = [t.clone() for t in running]

@@ -9,12 +9,12 @@ from torch import nn
 from torch.testing import assert_close
 
 from peftref.data import Dataset, Split, load
+from peftref.fitting import predict
 from peftref.merging.bang import fine_tune, outcomes
 from peftref.merging.baselines.arithmetic import wise_ft
 from peftref.merging.core.loop import merge
 from peftref.merging.experiments.bang_at_scale import Upsampled, linear_probe, run_at_scale
 from peftref.models import SmallCNN, from_timm
-from peftref.fitting import predict
 from tests._cifar import lay_cifar10
 
 LOSSES = {"plain": (0.0, None), "BANG": (0.1, 0.5)}

@@ -13,10 +13,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from peftref.data import Dataset, Split, corrupt, load
+from peftref.merging import apply, first, signature, units
 from peftref.merging.experiments import rws_at_scale as at_scale
 from peftref.merging.experiments.corrupted import accuracy
 from peftref.merging.experiments.rws_at_scale import cifar_start, run_at_scale, tune
-from peftref.merging.rws import apply, first, signature, units
 from peftref.models import PlainCNN, SmallCNN
 
 

@@ -279,7 +279,7 @@ def test_every_setting_of_counting_matters():
         (lambda: imbalance_gain(torch.tensor([1.0, math.inf])), "scale: expected positive"),
         (lambda: simulate(0.5, 1, 2.5, classes=3, generator=generator()), "features: expected whole"),
         (lambda: simulate(0.5, 1, 2, classes=1, generator=generator()), "classes: expected"),
-        (lambda: simulate(0.5, 1, 2, classes=3, generator=generator(), draws=0), "draws: expected at least 1"),
+        (lambda: simulate(0.5, 1, 2, classes=3, generator=generator(), draws=0), "draws: expected an integer >= 1"),
         (lambda: simulate(0.5, 1, 2, classes=3, generator=generator(), n_so=3), "n_so: expected"),
     ],
 )

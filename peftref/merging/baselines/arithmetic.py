@@ -32,6 +32,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..._checks import number
 from ..core.loop import Rule, State, elementwise
 
 __all__ = ["average", "dare", "fisher_wise_ft", "linear", "task_arithmetic", "wise_ft"]
@@ -51,7 +52,12 @@ def average() -> Rule:
 
 
 def linear(weights: Sequence[float]) -> Rule:
-    """A weighted sum of the models; the weights need not sum to 1, and the base only gives the layout.
+    """A weighted sum of the models: theta = sum over t of c_t theta_t.
+
+    The weights need not sum to 1, and the base only gives the layout.
+
+    Args:
+        weights: c, one for each model.
 
     Raises:
         ValueError: weights that are not finite; at the merge, another number of models.
@@ -60,7 +66,8 @@ def linear(weights: Sequence[float]) -> Rule:
 
     @elementwise
     def rule(name: str, w0: Tensor, ws: Sequence[Tensor]) -> Tensor:
-        y = ws[0] * _per_model("weights", weights, ws)[0]
+        _check_count("weights", weights, ws)
+        y = ws[0] * weights[0]
         for w, c in zip(ws[1:], weights[1:], strict=True):
             y.add_(w, alpha=c)
         return y
@@ -69,7 +76,9 @@ def linear(weights: Sequence[float]) -> Rule:
 
 
 def task_arithmetic(scale: float | Sequence[float] = 0.3) -> Rule:
-    """The base plus the scaled sum of the differences. A negative scale makes the model forget a task.
+    """The base plus the scaled sum of the differences: theta = theta_0 + sum over t of lambda_t (theta_t - theta_0).
+
+    A negative scale makes the model forget a task.
 
     Args:
         scale: one for all models (0.3: the value that fusion_bench takes; tune it on validation data) or one for each.
@@ -78,7 +87,8 @@ def task_arithmetic(scale: float | Sequence[float] = 0.3) -> Rule:
 
     @elementwise
     def rule(name: str, w0: Tensor, ws: Sequence[Tensor]) -> Tensor:
-        scales = _per_model("scale", scale, ws)
+        scales = scale * len(ws) if len(scale) == 1 else scale
+        _check_count("scale", scales, ws)
         y = torch.lerp(w0, ws[0], scales[0])  # w0 + scale (w - w0)
         for w, c in zip(ws[1:], scales[1:], strict=True):
             y.add_(w - w0, alpha=c)
@@ -88,12 +98,12 @@ def task_arithmetic(scale: float | Sequence[float] = 0.3) -> Rule:
 
 
 def wise_ft(alpha: float = 0.5) -> Rule:
-    """Interpolation from the base (0, bit for bit) to the one model (1, bit for bit).
+    """Interpolation from the base (0, bit for bit) to the one model (1): theta = (1 - alpha) theta_0 + alpha theta_1.
 
     Args:
         alpha: 0.5 is the paper's value when nothing is tuned. Outside [0, 1] it extrapolates, with a warning.
     """
-    (alpha,) = _finite("alpha", alpha)
+    number("alpha", alpha)
     if not 0 <= alpha <= 1:
         warnings.warn(f"alpha: {alpha} is outside [0, 1], so the weights are extrapolated", stacklevel=2)
 
@@ -112,22 +122,20 @@ def fisher_wise_ft(alpha: float, fisher0: State, fisher1: State, floor: float = 
 
     Args:
         alpha: in [0, 1].
-        fisher0, fisher1: the information of base and model, under the names of their tensors.
+        fisher0: the information of the base, under the names of its tensors.
+        fisher1: that of the model.
         floor: smallest information (1e-6 here; it keeps entries that neither model needs at the plain interpolation).
 
     Raises:
         ValueError: ``alpha`` outside [0, 1], ``floor`` not positive; at the merge, a name or shape without information.
     """
-    (alpha,) = _finite("alpha", alpha)
-    (floor,) = _finite("floor", floor)
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
-    if floor <= 0:
-        raise ValueError(f"floor: expected a positive number, got {floor}")
+    number("alpha", alpha, 0, 1)
+    number("floor", floor, 0, open_low=True)
 
     def rule(name: str, w0: Tensor, ws: Sequence[Tensor]) -> Tensor:
         (w1,) = _exactly_one(ws)
-        f0, f1 = (_information(n, f, name, w0).clamp_min(floor) for n, f in (("0", fisher0), ("1", fisher1)))
+        f0 = _information("fisher0", fisher0, name, w0).clamp_min(floor)
+        f1 = _information("fisher1", fisher1, name, w0).clamp_min(floor)
         share = alpha * f1 / ((1 - alpha) * f0 + alpha * f1)
         return torch.lerp(w0, w1, share)
 
@@ -143,7 +151,7 @@ def dare(drop: float, then: Rule, seed: int = 0) -> Rule:
         seed: each tensor of each model draws from its own generator, made of the seed, its name and the model's place,
             so the masks do not depend on the order in which tensors are read.
     """
-    (drop,) = _finite("drop", drop)
+    number("drop", drop)
     if not 0 <= drop < 1:
         raise ValueError(f"drop: expected a probability in [0, 1), got {drop}")
     if not callable(then):
@@ -167,12 +175,9 @@ def _finite(name: str, values: float | Sequence[float]) -> tuple[float, ...]:
     return values
 
 
-def _per_model(name: str, values: tuple[float, ...], ws: Sequence[Tensor]) -> tuple[float, ...]:
-    if len(values) == len(ws):
-        return values
-    if name == "scale" and len(values) == 1:
-        return values * len(ws)
-    raise ValueError(f"{name}: expected one for each of the {len(ws)} models, got {len(values)}")
+def _check_count(name: str, values: Sequence[float], ws: Sequence[Tensor]) -> None:
+    if len(values) != len(ws):
+        raise ValueError(f"{name}: expected one for each of the {len(ws)} models, got {len(values)}")
 
 
 def _exactly_one(ws: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -181,9 +186,9 @@ def _exactly_one(ws: Sequence[Tensor]) -> Sequence[Tensor]:
     return ws
 
 
-def _information(which: str, fisher: State, name: str, like: Tensor) -> Tensor:
+def _information(label: str, fisher: State, name: str, like: Tensor) -> Tensor:
     f = fisher.get(name)
     if f is None or f.shape != like.shape:
         got = "none" if f is None else f"shape {tuple(f.shape)}"
-        raise ValueError(f"fisher{which}: expected a tensor of shape {tuple(like.shape)} for {name}, got {got}")
+        raise ValueError(f"{label}: expected a tensor of shape {tuple(like.shape)} for {name}, got {got}")
     return f.to(like)

@@ -113,9 +113,12 @@ def merge_checkpoints(
     The folder appears complete or not at all: it is written under another name and renamed at the end.
 
     Args:
-        base, models: paths as :class:`Checkpoint` takes them.
-        rule, skip, device: see :func:`peftref.merging.core.loop.merge`.
+        base: a path as :class:`Checkpoint` takes it.
+        models: paths of the N models.
+        rule: as of :func:`peftref.merging.core.loop.merge`.
         out: a folder that does not exist yet.
+        skip: names to copy from the base.
+        device: where to compute.
 
     Returns:
         ``out``.
@@ -177,7 +180,8 @@ def _shards(path: Path) -> dict[Path, set[str] | None]:
         shards: dict[Path, set[str] | None] = {**named}
     else:
         shards = {path / SINGLE if path.is_dir() else path: None}
-    if missing := [str(file) for file in shards if not file.is_file()]:
+    missing = [str(file) for file in shards if not file.is_file()]
+    if missing:
         raise FileNotFoundError(f"path: expected safetensors, found no {', '.join(missing)}")
     return shards
 

@@ -27,7 +27,7 @@ ValueError: models[0]: expected the names and shapes of base; missing: w; unexpe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
@@ -36,13 +36,12 @@ from torch import Tensor
 
 from ... import _checks
 from ..._checks import at_least_float32
+from .aligned import State, check_aligned, tied_names
 
 __all__ = ["Rule", "State", "check_aligned", "delta", "elementwise", "fill", "merge", "upcast"]
 
-BLOCK = (
-    1 << 15
-)  # entries that an elementwise rule gets at a time on the CPU; for more, torch would start threads of its own
-State = Mapping[str, Tensor]  # a state dict, or a checkpoint opened lazily
+# Entries that an elementwise rule gets at a time on the CPU; for more, torch would start threads of its own.
+BLOCK = 1 << 15
 Rule = Callable[[str, Tensor, Sequence[Tensor]], Tensor]
 
 
@@ -95,7 +94,7 @@ def fill(
         The names that are tied to an earlier one, and to which; for them there was no call.
     """
     layout = check_aligned(base, models, skip)
-    tied = _tied(layout, skip)
+    tied = tied_names(layout, skip)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for name in layout:
             if name in tied:
@@ -124,16 +123,19 @@ def delta(state: State, base: State, names: Collection[str] | None = None) -> di
     """The difference ``state - base`` (a task vector), in float32 or wider, on the base's devices.
 
     Args:
-        state, base: two state dicts of one architecture.
+        state: a state dict.
+        base: another one of the same architecture.
         names: of the tensors wanted (all that are floating-point); only these have to agree.
 
     Raises:
         ValueError: names or shapes that do not match.
     """
-    layout = check_aligned(base, [state], () if names is None else (set(base) | set(state)) - set(names))
+    ignored: Collection[str] = () if names is None else (set(base) | set(state)) - set(names)
+    layout = check_aligned(base, [state], ignored)
     if names is None:
         names = [name for name, place in layout.items() if place.is_floating_point()]
-    elif unknown := [name for name in names if name not in layout]:
+    unknown = [name for name in names if name not in layout]
+    if unknown:
         raise ValueError(f"names: expected names of base, got {unknown}")
     return {name: upcast(state[name]).to(base[name].device) - upcast(base[name]) for name in names}
 
@@ -148,52 +150,6 @@ def elementwise(rule: Rule) -> Rule:
 def upcast(t: Tensor) -> Tensor:
     """``t`` in float32, or in its own type if that is wider; without a gradient."""
     return at_least_float32(t.detach())
-
-
-def check_aligned(base: State, models: Sequence[State], skip: Collection[str] = ()) -> Mapping[str, Tensor]:
-    """Raise one error that lists everything in which ``models`` differ from ``base``; return the base's layout.
-
-    The layout maps names to tensors whose shape, dtype and memory can be asked without reading them from a file.
-    """
-    if isinstance(models, Mapping) or not isinstance(models, Sequence):
-        raise TypeError(f"models: expected a sequence of state dicts, got one {type(models).__name__}")
-    for name, state in [("base", base), *((f"models[{i}]", model) for i, model in enumerate(models))]:
-        if not isinstance(state, Mapping):
-            hint = " (use .state_dict())" if isinstance(state, torch.nn.Module) else ""
-            raise TypeError(f"{name}: expected a mapping of names to tensors, got {type(state).__name__}{hint}")
-    if not models:
-        raise ValueError("models: expected at least one state dict, got none")
-    layout = layout_of(base)
-    problems = []
-    tied = _tied(layout, skip)
-    for i, state in enumerate(models):
-        model = layout_of(state)
-        both = [n for n in layout if n in model and n not in skip]
-        found = {
-            "missing": [n for n in layout if n not in model and n not in skip],
-            "unexpected": [n for n in model if n not in layout and n not in skip],
-            "shapes": [
-                f"{n} {tuple(model[n].shape)} for {tuple(layout[n].shape)}"
-                for n in both
-                if model[n].shape != layout[n].shape
-            ],
-            "types": [
-                f"{n} {model[n].dtype} for {layout[n].dtype}"
-                for n in both
-                if model[n].is_floating_point() != layout[n].is_floating_point()
-            ],
-            "tied in base, but different": [
-                f"{n} and {first}"
-                for n, first in tied.items()
-                if n in model and first in model and not _same(state, n, first)
-            ],
-        }
-        if any(found.values()):
-            lists = "; ".join(f"{what}: {', '.join(names)}" for what, names in found.items() if names)
-            problems.append(f"models[{i}]: expected the names and shapes of base; {lists}")
-    if problems:
-        raise ValueError("\n".join(problems))
-    return layout
 
 
 def _in_pieces(
@@ -211,25 +167,3 @@ def _in_pieces(
     shares = zip(*(t.reshape(-1).split(max(each, BLOCK)) for t in (target, *tensors)), strict=True)
     for done in [pool.submit(run, share) for share in shares]:
         done.result()
-
-
-def layout_of(state: State) -> Mapping[str, Tensor]:
-    return getattr(state, "layout", state)  # of a lazily opened checkpoint: tensors on the meta device
-
-
-def memory_of(t: Tensor) -> tuple[Hashable, ...]:
-    """Equal for tensors that are the same memory, seen in the same way."""
-    if t.device.type == "meta" or t.numel() == 0:
-        return (id(t),)
-    return (t.data_ptr(), t.device, t.dtype, t.shape, t.stride())
-
-
-def _tied(layout: Mapping[str, Tensor], skip: Collection[str]) -> dict[str, str]:
-    """Each name whose memory has been seen under an earlier name -> that name; a skipped name ties to none."""
-    seen: dict[tuple[Hashable, ...], str] = {}
-    first = {name: seen.setdefault(memory_of(t), name) for name, t in layout.items() if name not in skip}
-    return {name: other for name, other in first.items() if other != name}
-
-
-def _same(state: State, a: str, b: str) -> bool:
-    return memory_of(layout_of(state)[a]) == memory_of(layout_of(state)[b]) or torch.equal(state[a], state[b])

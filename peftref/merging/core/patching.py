@@ -26,8 +26,9 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor, nn
 
-from .aligned import check_states, check_tensors, finite
-from .loop import State, layout_of, memory_of, upcast
+from ..._checks import number
+from .aligned import State, check_states, check_tensors, layout_of, memory_of
+from .loop import upcast
 
 __all__ = ["Patched", "apply"]
 
@@ -37,7 +38,11 @@ def apply(host: State, patch: State) -> dict[str, Tensor]:
     """The host's state dict with ``patch`` added (eq-rws-patch): a new one that shares no memory with its inputs.
 
     The sum is taken in float32 or wider and rounded once, to the host's type. Tensors that are tied in the host are
-    patched once and stay tied.
+    patched once and stay tied: theta_h + patch, tensor by tensor.
+
+    Args:
+        host: a state dict; not changed.
+        patch: of :func:`~peftref.merging.rws.compose`, or a signature as it is.
 
     Raises:
         TypeError: something is no state dict.
@@ -97,10 +102,11 @@ class Patched:
             ValueError: a strength that is not finite.
             RuntimeError: the model has other tensors than before (``load_state_dict(..., assign=True)``).
         """
-        finite("strength", strength)
+        number("strength", strength)
         now: dict[str, Tensor] = dict(self._model.named_parameters(remove_duplicate=False))
         now |= self._model.named_buffers(remove_duplicate=False)
-        if replaced := [name for name, tensor in self._names.items() if now.get(name) is not tensor]:
+        replaced = [name for name, tensor in self._names.items() if now.get(name) is not tensor]
+        if replaced:
             raise RuntimeError(f"model: expected the tensors it had, got others for {', '.join(replaced)}")
         self.off()
         if strength and self._tensors:

@@ -72,7 +72,8 @@ class Quantised:
         codes: c of each tensor, in its shape, in the smallest integer type that holds the levels; in ``"log"`` c + 1
             with the sign of the entry, and 0 for a zero.
         ranges: l and u of each tensor, ``(2,)``, in the type of the signature.
-        levels, kind: as given.
+        levels: q.
+        kind: of the scale.
     """
 
     codes: dict[str, Tensor]
@@ -139,7 +140,8 @@ def quantise(signature: State, levels: int, kind: str = "linear") -> Quantised:
     _check(levels, kind)
     check_states(signature=signature)
     check_tensors(signature, signature=signature)
-    if broken := [name for name, x in signature.items() if not x.isfinite().all()]:
+    broken = [name for name, x in signature.items() if not x.isfinite().all()]
+    if broken:
         raise ValueError(f"signature: expected finite numbers, got others in {', '.join(broken)}")
     encoded = {name: _encode(upcast(x), levels, kind) for name, x in signature.items()}
     codes, ranges = ({name: pair[i] for name, pair in encoded.items()} for i in (0, 1))

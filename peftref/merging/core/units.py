@@ -15,6 +15,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ..._checks import integer
+
 __all__ = ["first", "units"]
 
 Conv = nn.modules.conv._ConvNd
@@ -40,7 +42,8 @@ def units(model: nn.Module) -> list[list[str]]:
     unit = None  # the block or layer that parameters which are no convolution's now belong to
     for name, _ in model.named_parameters():  # a tied tensor appears once
         owner = name.rpartition(".")[0]
-        if block := next((b for b in blocks if f"{owner}.".startswith(f"{b}.")), None):
+        block = next((b for b in blocks if f"{owner}.".startswith(f"{b}.")), None)
+        if block is not None:
             unit = block
         elif isinstance(modules[owner], Conv):
             unit = owner
@@ -62,8 +65,7 @@ def first(units: Sequence[Sequence[str]], k: int) -> list[str]:
     >>> first([["stem.weight", "stem.bias"], ["conv.weight"], ["last.weight"]], 2)
     ['stem.weight', 'stem.bias', 'conv.weight']
     """
-    if not isinstance(k, int) or k < 0:
-        raise ValueError(f"k: expected an integer >= 0, got {k!r}")
+    integer("k", k, 0)
     return [name for unit in units[:k] for name in unit]
 
 

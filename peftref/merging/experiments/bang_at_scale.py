@@ -70,7 +70,8 @@ def linear_probe(
 
     Args:
         model: a classifier with timm's ``forward_features`` and ``forward_head`` that ends in an ``nn.Linear``.
-        x, y: images and classes.
+        x: images.
+        y: their classes.
         decay: ridge penalty on the weights (ours: just enough for a finite solution).
         iterations: of L-BFGS, on all images at once.
         batch_size: images per forward pass.
@@ -132,15 +133,20 @@ def run_at_scale(
     Args:
         model: pre-trained, with as many outputs as the data has classes; its head is replaced by a linear probe.
         data: for example ``load("cifar10", root)``.
-        domains, severity, table: corruptions of the test images, see :func:`peftref.data.corruptions.corrupt`.
+        domains: corruptions of the test images, of :data:`peftref.data.CORRUPTIONS`.
         losses: name -> (smoothing, mixing) of :func:`peftref.merging.bang.fine_tune`.
         alphas: points of the line to evaluate.
+        severity: of the corruptions, 1 to 5.
         size: side in pixels to which images are enlarged inside the model; default: as they are.
         limit: training images (all).
         test_limit: test images, of each domain.
-        epochs, lr, batch_size, weight_decay: of fine-tuning (3e-5 and 0.1 with AdamW: what is usual for CLIP ViT-B).
+        epochs: of fine-tuning.
+        lr: learning rate of AdamW (3e-5: what is usual for CLIP ViT-B).
+        batch_size: images in a batch.
+        weight_decay: of AdamW (0.1: what is usual for CLIP ViT-B).
         device: default: a GPU if there is one.
         seed: of the choice of images, the order of the batches, Mixup and the corruptions.
+        table: severity constants, as of :func:`peftref.data.corruptions.corrupt`.
 
     Returns:
         One row per loss and alpha; ``attrs["protocol"]`` says what was run, for the results file.

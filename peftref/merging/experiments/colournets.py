@@ -136,10 +136,12 @@ def train(
 
     Args:
         nets: where to start from; not changed.
-        x, y: of :func:`scenes`, and the classes ``(N,)``.
+        x: of :func:`scenes`, ``(N, R, 292)``.
+        y: classes ``(N,)``.
         steps: batches.
         loss: of outputs and soft targets, both ``(N, R, 10)``.
-        smoothing, mixing: strengths of label smoothing and Mixup (``None``: no Mixup).
+        smoothing: strength of label smoothing.
+        mixing: a of Mixup's Beta(a, a); ``None`` for no Mixup.
         lr: of Adam, constant (1e-3: official code).
         batch_size: 64 in the official code.
         seed: of the order of the batches and of Mixup.

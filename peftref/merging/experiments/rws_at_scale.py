@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from ...data import Dataset, Split
 from ...data.domains import domain_names, generator_for, shift
 from ...models.cnn import Normalised, from_timm
+from ..core.aligned import State
 from ..core.batchnorm import batchnorms
-from ..core.loop import State
-from ..rws import apply, average_batchnorm, blend_statistics, compose, first, signature, units
+from ..core.patching import apply
+from ..core.units import first, units
+from ..rws import average_batchnorm, blend_statistics, compose, signature
 
 __all__ = ["cifar_start", "run_at_scale", "tune"]
 

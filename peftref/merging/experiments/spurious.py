@@ -50,7 +50,7 @@ by :func:`simulate` with hundreds of features. With few features, whose counts a
 too much: about 1 point at 20 features, p = 0.9 and 3 classes, but 3 to 8 points with 10 classes.
 
 Differs from the paper: its integral has K - 1 dimensions; as all margins covary equally, one is enough. The scales a, b
-and overlaps together are worked out here; as far as we recall the paper has each alone.
+and overlaps together are worked out here.
 
 >>> p = torch.tensor([0.0, 0.5, 0.9])
 >>> spurious_accuracy(margin_single(p, n_v=2, n_s=20), p, classes=3)  # alone
@@ -74,6 +74,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from ..._checks import integer
 
 __all__ = ["Simulation", "spurious_accuracy", "imbalance_gain", "margin_ose", "margin_single", "margin_wse", "simulate"]
 
@@ -145,9 +147,12 @@ def margin_ose(
 
     Args:
         p: probability that a spurious feature is drawn anew.
-        n_v, n_s: features of the first model.
-        n_v2, n_s2: of the second (as many as the first).
-        n_vo, n_so: how many of them are the same features. A sum of logits does not feel ``n_vo``.
+        n_v: invariant features of the first model.
+        n_s: its spurious features.
+        n_v2: invariant features of the second (as many as the first).
+        n_s2: its spurious features (as many as the first).
+        n_vo: invariant features that both have; a sum of logits does not depend on it.
+        n_so: spurious features that both have.
         scale: factor of the second model's logits, > 0.
 
     Raises:
@@ -175,7 +180,13 @@ def margin_wse(
     """Margin of the weight-space ensemble, whose head and features are both averaged (eq-bang-wse).
 
     Args:
-        p, n_v, n_s, n_v2, n_s2, n_vo, n_so: see :func:`margin_ose`.
+        p: probability that a spurious feature is drawn anew.
+        n_v: invariant features of the first model.
+        n_s: its spurious features.
+        n_v2: invariant features of the second (as many as the first).
+        n_s2: its spurious features (as many as the first).
+        n_vo: invariant features that both have.
+        n_so: spurious features that both have.
         scale: factor a of the second model's head.
         feature_scale: factor b of its features; a model whose layers all grow by ``c`` has a = b = c, so its logits
             grow by ``c ** 2``.
@@ -219,7 +230,15 @@ def simulate(
     The sum of outputs is that of :func:`margin_ose` with its scale equal to ``scale * feature_scale``.
 
     Args:
-        p, n_v, n_s, n_v2, n_s2, n_vo, n_so, scale, feature_scale: see :func:`margin_wse`; here plain numbers.
+        p: probability that a spurious feature is drawn anew.
+        n_v: invariant features of the first model.
+        n_s: its spurious features.
+        n_v2: invariant features of the second (as many as the first).
+        n_s2: its spurious features (as many as the first).
+        n_vo: invariant features that both have.
+        n_so: spurious features that both have.
+        scale: factor a of the second model's head.
+        feature_scale: factor b of its features.
         classes: K >= 2.
         generator: draws are made on its device.
         draws: samples; a share s of them has the standard error ``(s (1 - s) / draws) ** 0.5``.
@@ -230,23 +249,19 @@ def simulate(
         ValueError: as :func:`margin_wse`; also numbers of features, classes or draws that are not whole.
     """
     _, *counts = _features(p, n_v, n_s, n_v2, n_s2, n_vo, n_so)
-    n_v, n_s, n_v2, n_s2, n_vo, n_so = (_whole("features", n.item()) for n in counts)
+    if any(n != n.round() for n in counts):
+        raise ValueError(f"features: expected whole numbers, got {[n.item() for n in counts]}")
+    n_v, n_s, n_v2, n_s2, n_vo, n_so = (int(n) for n in counts)
     a, b = (t.item() for t in _scales(scale=scale, feature_scale=feature_scale))
-    k = _whole("classes", classes)
-    draws = _whole("draws", draws)
-    _check_classes(torch.tensor(k))
-    if draws < 1:
-        raise ValueError(f"draws: expected at least 1, got {draws}")
+    k = integer("classes", classes, 2)
+    integer("draws", draws, 1)
     groups = ((n_v - n_vo, n_s - n_so), (n_v2 - n_vo, n_s2 - n_so), (n_vo, n_so))  # of the first, the second, of both
     hits = torch.zeros(6, dtype=torch.float64)
     for rows in torch.arange(draws).split(max(CHUNK // k, 1)):
         own, own2, shared = (_votes(len(rows), k, p, *group, noise, generator) for group in groups)
-        logits = (
-            own + shared,
-            own2 + shared,
-            own + a * b * own2 + (1 + a * b) * shared,
-            own + a * b * own2 + (1 + a) * (1 + b) * shared,
-        )
+        ose = own + a * b * own2 + (1 + a * b) * shared
+        wse = own + a * b * own2 + (1 + a) * (1 + b) * shared
+        logits = (own + shared, own2 + shared, ose, wse)
         right = torch.stack([z.argmax(-1) == 0 for z in logits])  # by symmetry class 0 is the right one
         rescued = ~right[0] & ~right[1] & right[2:]
         hits += torch.cat((right, rescued)).sum(1).cpu()
@@ -278,24 +293,32 @@ def _hermite(n: int) -> tuple[NDArray[Any], NDArray[Any]]:
     return u, weight / weight.sum()
 
 
-def _features(p: Number, *counts: Number | None) -> list[Tensor]:
-    """p and the counts n_v, n_s[, n_v2, n_s2, n_vo, n_so] as float64, checked."""
+def _features(
+    p: Number,
+    n_v: Number,
+    n_s: Number,
+    n_v2: Number | None = None,
+    n_s2: Number | None = None,
+    n_vo: Number = 0,
+    n_so: Number = 0,
+) -> list[Tensor]:
+    """p and the counts as float64, checked; a second model that is not given has as many features as the first."""
     share = torch.as_tensor(p, dtype=torch.float64)
     _check_p(share)
-    counts = tuple(counts[i - 2] if t is None else t for i, t in enumerate(counts))  # as many as the first
-    n = [torch.as_tensor(t, dtype=torch.float64) for t in counts]
-    names = ("n_v", "n_s", "n_v2", "n_s2", "n_vo", "n_so")
-    for name, t in zip(names, n, strict=False):
+    second = {"n_v2": n_v if n_v2 is None else n_v2, "n_s2": n_s if n_s2 is None else n_s2}
+    given = {"n_v": n_v, "n_s": n_s, **second, "n_vo": n_vo, "n_so": n_so}
+    n = {name: torch.as_tensor(t, dtype=torch.float64) for name, t in given.items()}
+    for name, t in n.items():
         if not (t.isfinite() & (t >= 0)).all():
             raise ValueError(f"{name}: expected numbers of features >= 0, got {t.tolist()}")
-    for n_v, n_s in zip(n[:4:2], n[1:4:2], strict=True):
-        if not (n_v + n_s > 0).all():
-            raise ValueError(f"n_v, n_s: expected at least one feature, got {n_v.tolist()} and {n_s.tolist()}")
-    for name, shared, first, second in zip(names[4:], n[4:], n[:2], n[2:4], strict=False):
-        if not (shared <= torch.minimum(first, second)).all():
-            had = f"{first.tolist()} and {second.tolist()}"
-            raise ValueError(f"{name}: expected no more than each model has, {had}, got {shared.tolist()}")
-    return [share, *n]
+    for v, s in (("n_v", "n_s"), ("n_v2", "n_s2")):
+        if not (n[v] + n[s] > 0).all():
+            raise ValueError(f"n_v, n_s: expected at least one feature, got {n[v].tolist()} and {n[s].tolist()}")
+    for name, one, other in (("n_vo", "n_v", "n_v2"), ("n_so", "n_s", "n_s2")):
+        most = torch.minimum(n[one], n[other])
+        if not (n[name] <= most).all():
+            raise ValueError(f"{name}: expected no more than each model has, {most.tolist()}, got {n[name].tolist()}")
+    return [share, *n.values()]
 
 
 def _scales(**scales: Number) -> list[Tensor]:
@@ -314,9 +337,3 @@ def _check_p(p: Tensor) -> None:
 def _check_classes(classes: Tensor) -> None:
     if not ((classes >= 2) & (classes == classes.round())).all():
         raise ValueError(f"classes: expected integers >= 2, got {classes.tolist()}")
-
-
-def _whole(name: str, value: float) -> int:
-    if value != int(value):
-        raise ValueError(f"{name}: expected whole numbers, got {value}")
-    return int(value)

@@ -59,7 +59,8 @@ def panel_ols(y: Any, x: Any, unit: Any, time: Any, *, effects: str = "pooled", 
     Args:
         y: outcome ``(n,)``.
         x: regressors, a DataFrame or array ``(n, J)``; an intercept is added where the model has one.
-        unit, time: labels ``(n,)``.
+        unit: labels ``(n,)``.
+        time: labels ``(n,)``.
         effects: "pooled"; "random", by Swamy and Arora's quasi-demeaning; "fixed", which leaves out regressors that do
             not vary within units.
         twoway: with "fixed", periods too.

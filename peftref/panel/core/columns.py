@@ -34,7 +34,8 @@ class Panel(NamedTuple):
     """Variables of one dataset or of a batch, in float64, rows sorted by unit and period.
 
     Attributes:
-        y, w: outcome and treatment, ``(B, n)``.
+        y: outcome, ``(B, n)``.
+        w: treatment, ``(B, n)``.
         x: covariates, ``(B, J, n)``.
         layout: of the rows.
     """
@@ -81,11 +82,12 @@ def read_panel(
     if len(set(lengths.values())) > 1 or not len(y):
         raise ValueError(f"{', '.join(given)}: expected equal, positive lengths, got {lengths}")
     indexed = {name: column.index for name, column in given.items() if isinstance(column, (pd.Series, pd.DataFrame))}
+    first = next(iter(indexed.values()), pd.RangeIndex(len(y)))
     for name, index in indexed.items():
-        if not index.equals(first := next(iter(indexed.values()))):
+        if not index.equals(first):
             raise ValueError(f"{name}: expected the index of the other columns, {first[:3]}..., got {index[:3]}...")
     own_name = getattr(w, "name", None)
-    frame = Frame(next(iter(indexed.values()), pd.RangeIndex(len(y))), "w" if own_name is None else str(own_name))
+    frame = Frame(first, "w" if own_name is None else str(own_name))
     table = [_numbers("y", y), _numbers("w", w)]
     names = []
     if x is not None and estimator not in NO_COVARIATES:
@@ -95,7 +97,8 @@ def read_panel(
         names = [f"x[{name!r}]" for name in columns]
         table += [_numbers(name, columns.iloc[:, i]) for i, name in enumerate(names)]
     layout = Layout.of(unit, time)
-    if estimator not in ACROSS and (single := layout.counts() == 1).any():
+    single = layout.counts() == 1
+    if estimator not in ACROSS and single.any():
         kept = ~single[layout.unit]
         warnings.warn(f"unit: {int(single.sum())} units have one row and are dropped", UserWarning, stacklevel=3)
         if not kept.any():
@@ -120,7 +123,8 @@ def _numbers(name: str, column: Any) -> NDArray[Any]:
         raise TypeError(f"{name}: expected numbers, got {getattr(column, 'dtype', type(column).__name__)}") from error
     if values.ndim != 1:
         raise ValueError(f"{name}: expected one column, got shape {values.shape}")
-    if broken := int((~np.isfinite(values)).sum()):
+    broken = int((~np.isfinite(values)).sum())
+    if broken:
         raise ValueError(f"{name}: expected finite numbers, got {broken} that are missing or infinite")
     return values
 
@@ -136,7 +140,10 @@ def _check_variation(panel: Panel, names: list[str], estimator: str, twoway: boo
     if flat(panel.w).any():
         where = "" if across else " within units" + (" and periods" if twoway else "")
         raise ValueError(f"w: expected a treatment that varies{where}, got one that is constant there")
-    if estimator in ("fe", "early") and (gone := [n for n, f in zip(names, flat(panel.x)[0], strict=True) if f]):
+    if estimator not in ("fe", "early"):
+        return
+    gone = [name for name, constant in zip(names, flat(panel.x)[0], strict=True) if constant]
+    if gone:
         raise ValueError(
             f"x: expected covariates that vary within units{' and periods' if twoway else ''} for {estimator!r}, "
             f"got {', '.join(gone)}; leave them out, the fixed effects hold them"

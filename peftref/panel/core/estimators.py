@@ -85,8 +85,9 @@ def partial_out(
     Returns:
         For each estimator u and v, ``(B, n)``.
     """
-    if unknown := [name for name in estimators if name not in SETS] or not estimators:
-        raise ValueError(f"estimators: expected some of {', '.join(SETS)}, got {unknown if estimators else 'none'}")
+    unknown = [name for name in estimators if name not in SETS]
+    if unknown or not estimators:
+        raise ValueError(f"estimators: expected some of {', '.join(SETS)}, got {unknown or 'none'}")
     y, w, x, layout = panel
     more: dict[str, Any] = {}
     if "dummies" in estimators:

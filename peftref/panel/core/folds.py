@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..._checks import integer
 from .layout import Layout
 
 __all__ = ["SCHEMES", "Folds", "make_folds"]
@@ -103,10 +104,8 @@ def make_folds(layout: Layout, folds: int = 5, scheme: str = "unit", *, repeats:
     least = 4 if scheme == "nlo" else 2
     if not isinstance(folds, Integral) or folds < least:
         raise ValueError(f"folds: expected an integer >= {least} for the scheme {scheme!r}, got {folds!r}")
-    if not isinstance(repeats, Integral) or repeats < 1:
-        raise ValueError(f"repeats: expected an integer >= 1, got {repeats!r}")
-    if not isinstance(seed, Integral) or seed < 0:
-        raise ValueError(f"seed: expected an integer >= 0, got {seed!r}")
+    integer("repeats", repeats, 1)
+    integer("seed", seed, 0)
     shared = {"random": {"rows": len(layout)}, "unit": {"units": layout.n_units}}
     shared |= {"product": {"units": layout.n_units, "periods": layout.n_periods}}
     for what, size in shared.get(scheme, {"periods": layout.n_periods}).items():

@@ -60,7 +60,8 @@ def solve(psi_a: Tensor, psi_b: Tensor, weights: Tensor, folds: Folds, agg: str 
     """The coefficient, ``(B,)``, of scores ``(B, n)`` (eq-dml_panel-solve).
 
     Args:
-        psi_a, psi_b: slope and constant of the score.
+        psi_a: slope of the score.
+        psi_b: its constant.
         weights: of :func:`row_weights`, ``(B or 1, n)``.
         folds: ``(B or 1, n)``.
         agg: "dml2", or "dml1", which does without weights.
@@ -77,8 +78,10 @@ def standard_error(psi: Tensor, psi_a: Tensor, layout: Layout, folds: Folds, clu
     """Standard errors ``(R,)`` of scores ``(R, n)`` at the estimate, and of their slopes.
 
     Args:
-        psi, psi_a: the score at the estimated coefficient, and its slope.
-        layout, folds: of the rows.
+        psi: the score at the estimated coefficient.
+        psi_a: its slope.
+        layout: of the rows.
+        folds: of the rows.
         cluster: "unit" (eq-dml_panel-variance), "twoway" for units and periods, with folds of the scheme "product", or
             ``None`` for rows that are independent.
     """

@@ -44,9 +44,11 @@ class Layout:
     """Which unit and period each row of a panel belongs to; rows are sorted by unit, then period.
 
     Attributes:
-        unit, time: codes 0, 1, ... of each row, ``(n,)``, in the order of the sorted labels.
+        unit: codes 0, 1, ... of each row's unit, ``(n,)``, in the order of the sorted labels.
+        time: codes of its period.
         order: where each row stood in the caller's data, ``(n,)``.
-        n_units, n_periods: numbers of different units and periods.
+        n_units: number of different units.
+        n_periods: number of different periods.
         step: like ``time``, but counted among the periods of the whole data: :meth:`select` keeps it, so that a gap
             stays one.
     """
@@ -81,7 +83,8 @@ class Layout:
         t = codes["time"]
         key = u * (int(t.max()) + 1) + t
         key, order = key.sort(stable=True)
-        if len(twice := order[1:][key[1:] == key[:-1]]):
+        twice = order[1:][key[1:] == key[:-1]]
+        if len(twice):
             where = int(twice[0])
             raise ValueError(
                 f"unit, time: expected one row for each unit and period, got several for unit {_label(unit, where)!r}, "
@@ -177,7 +180,8 @@ def within(a: Tensor, layout: Layout, twoway: bool = False, dim: int = -1, tol: 
         rate = _ratio(size * (size > enough), _square(direction, image, dim))
         effects = effects + rate * direction
         left = left - rate * image
-        size, before = _square(left, left, dim), size
+        before = size
+        size = _square(left, left, dim)
         direction = left + _ratio(size, before) * direction
     else:
         raise RuntimeError(f"within: expected period effects within tol={tol}, got no convergence in 10000 steps")

@@ -49,8 +49,12 @@ def crossfit_sklearn(
     """Out-of-fold predictions; the fits are spread by joblib, so ``joblib.parallel_config`` decides where they run.
 
     Args:
-        z, targets, folds, uses, unit: see :func:`~peftref.panel.core.crossfit.crossfit`; z of one dataset.
+        z: variables of one dataset, ``(1, J, n)``.
+        targets: ``(1 or R, q, n)``.
+        folds: R splits of the rows.
         learners: one for each target; never changed. A classifier predicts the probability of class 1.
+        uses: for each target the variables that predict it (all).
+        unit: codes ``(n,)``: a column for each unit besides.
         linear: not used; a learner treats its columns as it will.
         within: for each target the training rows it may learn from, a mask ``(n,)`` (all).
         n_jobs: of joblib.
@@ -90,9 +94,11 @@ def crossfit_sklearn(
 
     cells = [(r, k, t) for r, k, t in product(range(repeats), range(len(keep)), range(q)) if (fold[r] == k).any()]
     for r, k, t in cells:  # errors before the first fit
-        if not len(train := rows(r, k, t)[0]):
+        train, _ = rows(r, k, t)
+        if not len(train):
             raise ValueError(f"learner: expected training rows for fold {k} of target {t}, got none")
-        if is_classifier(learners[t]) and (classes := np.unique(wanted[r, t, train])).tolist() != [0, 1]:
+        classes = np.unique(wanted[r, t, train])
+        if is_classifier(learners[t]) and classes.tolist() != [0, 1]:
             raise ValueError(f"w: expected zeros and ones in the training rows of fold {k}, got {classes}")
     made = Parallel(n_jobs=n_jobs)(delayed(_fit_predict)(*job(*cell)) for cell in cells)
     out = torch.empty(repeats, q, z.shape[-1], dtype=torch.float64)

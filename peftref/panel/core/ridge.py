@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations_with_replacement
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
+from ..._checks import integer
 from .gram import by_fold, fit, moments
 
 __all__ = ["PolynomialRidge", "check_learner", "monomials", "polynomial", "standardise"]
@@ -76,8 +76,7 @@ class PolynomialRidge(RegressorMixin, BaseEstimator):
 
 def check_learner(learner: PolynomialRidge) -> list[float]:
     """The penalties of a learner, after checking its settings."""
-    if not isinstance(learner.degree, Integral) or learner.degree < 1:
-        raise ValueError(f"degree: expected an integer >= 1, got {learner.degree!r}")
+    integer("degree", learner.degree, 1)
     try:
         alphas = np.ravel(np.asarray(learner.alpha, dtype=float)).tolist()
     except (TypeError, ValueError):

@@ -34,6 +34,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..._checks import integer
 from ..core.columns import Panel
 from ..core.layout import Layout
 
@@ -91,10 +92,12 @@ def dgp_fuhr_papies_2024(
     Args:
         structure: "A", no unobserved differences; "B", they act on W and Y; "C", on X too.
         shape: "linear" or "u-shaped".
-        n_units, n_periods: N and T, balanced.
+        n_units: N.
+        n_periods: T, of every unit.
         n_covariates: J; of several, the noise is correlated by a random matrix.
         beta: the effect.
-        gamma, delta: instead of random ones; one ``gamma`` for all covariates.
+        gamma: strength of the confounding, one for all covariates, instead of random ones.
+        delta: strength of U instead of a random one.
         rho: autoregression of the outcome's noise, in (-1, 1), from its stationary law on.
         twoway: periods have a :math:`U_t` that acts as :math:`U_i` does, with the same factor.
         seeds: one for each dataset.
@@ -108,7 +111,7 @@ def dgp_fuhr_papies_2024(
         raise ValueError(f"shape: expected one of {', '.join(SHAPES)}, got {shape!r}")
     if not -1 < rho < 1:
         raise ValueError(f"rho: expected a number in (-1, 1), got {rho!r}")
-    _check_sizes(n_covariates=(n_covariates, 1))
+    integer("n_covariates", n_covariates, 1)
     layout = _grid(n_units, n_periods)
     size = (n_units, n_periods)
     seeds = _check_seeds(seeds)
@@ -156,7 +159,8 @@ def dgp_clarke_polselli_2025(
 
     Args:
         design: of the confounding: 1 linear, 2 smooth, 3 with kinks; only the first and third covariate matter.
-        n_units, n_periods: N and T, balanced.
+        n_units: N.
+        n_periods: T, of every unit.
         n_covariates: 3 or more.
         theta: the effect.
         seeds: one for each dataset.
@@ -166,7 +170,7 @@ def dgp_clarke_polselli_2025(
     """
     if design not in (1, 2, 3):
         raise ValueError(f"design: expected 1, 2 or 3, got {design!r}")
-    _check_sizes(n_covariates=(n_covariates, 3))
+    integer("n_covariates", n_covariates, 3)
     layout = _grid(n_units, n_periods)
     size = (n_units, n_periods)
     a = 0.25
@@ -195,12 +199,6 @@ def dgp_clarke_polselli_2025(
     return _batch(values, layout, theta, [{"seed": seed} for seed in seeds])
 
 
-def _check_sizes(**sizes: tuple[int, int]) -> None:
-    for name, (value, least) in sizes.items():
-        if not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
-
-
 def _check_seeds(seeds: Sequence[int]) -> list[int]:
     seeds = list(seeds)
     if not seeds:
@@ -211,7 +209,8 @@ def _check_seeds(seeds: Sequence[int]) -> list[int]:
 
 
 def _grid(n_units: int, n_periods: int) -> Layout:
-    _check_sizes(n_units=(n_units, 1), n_periods=(n_periods, 1))
+    integer("n_units", n_units, 1)
+    integer("n_periods", n_periods, 1)
     unit = torch.arange(n_units).repeat_interleave(n_periods)
     time = torch.arange(n_periods).repeat(n_units)
     return Layout(unit, time, torch.arange(n_units * n_periods), n_units, n_periods)

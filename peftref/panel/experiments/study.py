@@ -16,7 +16,6 @@ size of the chunks, the same seeds give the same numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from joblib import Parallel, delayed
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..._checks import integer
 from ..baselines.linear import LINEAR, linear_residuals
 from ..core.columns import ACROSS
 from ..core.crossfit import crossfit
@@ -60,7 +60,7 @@ def estimate(
         folds: ``(B or 1, n)``.
         learner: of the estimators that learn (a cubic ridge).
         agg: "dml1", as the paper, or "dml2".
-        twoway: see :class:`~peftref.panel.dml_panel.PanelDML`.
+        twoway: fixed differences between periods too.
 
     Raises:
         ValueError: an unknown estimator or ``agg``, ``twoway`` with "fd", one period only for an estimator within
@@ -95,7 +95,8 @@ def estimate(
             panel = data.panel if name in LINEAR else data.panel._replace(x=data.confounding.unsqueeze(1))
             u, v = linear_residuals(ORACLES.get(name, name), panel, twoway)
             found[name] = (u * v).sum(-1) / v.square().sum(-1)
-    if broken := [name for name, theta in found.items() if not theta.isfinite().all()]:
+    broken = [name for name, theta in found.items() if not theta.isfinite().all()]
+    if broken:
         raise ValueError(f"folds: expected rows of every estimator in each fold, got none for {', '.join(broken)}")
     return {name: found[name].expand(size) for name in estimators}
 
@@ -119,9 +120,13 @@ def monte_carlo(
     Args:
         simulate: called with ``seeds=...``; a function of :mod:`peftref.panel.experiments.dgp`, with its settings by
             ``functools.partial``.
-        estimators, learner, agg, twoway: see :func:`estimate`.
+        estimators: names, as of :func:`estimate`.
         seeds: one for each dataset; also those of its folds.
-        folds, scheme: see :func:`~peftref.panel.core.folds.make_folds` (the paper: 5 folds of rows).
+        folds: K (5: paper).
+        scheme: how rows are split ("random", folds of rows: paper).
+        learner: of the estimators that learn (a cubic ridge).
+        agg: "dml1", as the paper, or "dml2".
+        twoway: fixed differences between periods too.
         chunk: datasets at a time: few on a processor, whose cache they should fit; hundreds on a GPU.
         n_jobs: of joblib; threads, unless ``joblib.parallel_config`` says otherwise.
         device: where to compute.
@@ -132,14 +137,13 @@ def monte_carlo(
     seeds = list(seeds)
     if not seeds:
         raise ValueError("seeds: expected at least one, got none")
-    if not isinstance(chunk, Integral) or chunk < 1:
-        raise ValueError(f"chunk: expected an integer >= 1, got {chunk!r}")
+    integer("chunk", chunk, 1)
 
     def run(some: Sequence[int]) -> NDArray[Any]:
         torch.set_num_threads(1)  # the operations are small: threads that share them would mostly wait for each other
         data = simulate(seeds=some)
-        split = [make_folds(data.panel.layout, folds, scheme, seed=seed) for seed in some]
-        split = Folds(torch.cat([one.fold for one in split]), split[0].keep, scheme)
+        each = [make_folds(data.panel.layout, folds, scheme, seed=seed) for seed in some]
+        split = Folds(torch.cat([one.fold for one in each]), each[0].keep, scheme)
         made = estimate(estimators, data.to(device), split.to(device), learner=learner, agg=agg, twoway=twoway)
         return torch.stack([made[name] for name in estimators], 1).cpu().numpy()
 
