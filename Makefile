@@ -6,7 +6,7 @@ STAMP := .venv/.stamp
 HTML := _build/html/.stamp
 PAGES := $(shell find book peftref $(wildcard examples) -type f -not -path '*/vendor/*' -not -path '*/__pycache__/*' -not -name '.*')
 
-.PHONY: book test chapter execute bench mutants coverage pdf lock clean
+.PHONY: book test chapter method part record gpu execute bench mutants coverage pdf lock clean
 .DELETE_ON_ERROR:
 
 # Execute the chapters whose code, modules or data have changed, write what follows from other files, build the pages.
@@ -25,6 +25,25 @@ chapter: $(STAMP)
 	@test -n "$(NAME)" || { echo "usage: make chapter NAME=tta/lame"; exit 2; }
 	$(PY) -m tools.chapters $(NAME)
 
+# The evidence of a chapter, kept in peftref/recorded; says first how long it takes.
+# make record NAME=tta/lame [PRESET=cpu] [DATA=~/datasets]
+record: $(STAMP)
+	@test -n "$(NAME)" || { echo "usage: make record NAME=tta/lame [PRESET=cpu] [DATA=folder]"; exit 2; }
+	$(PY) -m tools.record $(NAME) $(or $(PRESET),cpu) $(if $(DATA),--data $(DATA))
+
+# All that needs a GPU, within so many minutes, the shortest first: make gpu [MINUTES=9] [DATA=~/datasets]
+gpu: $(STAMP)
+	$(PY) -m tools.gpu --minutes $(or $(MINUTES),9) $(if $(DATA),--data $(DATA))
+
+# All files of a method, or the folders of a part, to begin with: make method NAME=merging/widen, make part NAME=sharing
+method: $(STAMP)
+	@test -n "$(NAME)" || { echo "usage: make method NAME=merging/widen"; exit 2; }
+	$(PY) -m tools.new $(NAME)
+
+part: $(STAMP)
+	@test -n "$(NAME)" || { echo "usage: make part NAME=sharing"; exit 2; }
+	$(PY) -m tools.new --part $(NAME)
+
 execute: $(STAMP)
 	$(PY) -m tools.chapters --jobs $(JOBS)
 
@@ -37,7 +56,8 @@ mutants: $(STAMP)
 
 # Which lines and branches do the tests reach?
 coverage: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m tools.coverage --jobs $(JOBS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile -p no:nbval --cov --cov-report=term tests peftref \
+		--override-ini "addopts=--import-mode=importlib --doctest-modules"
 
 # Every page as a PDF, for paper: _build/pdf
 pdf: $(HTML)

@@ -1,4 +1,4 @@
-"""Shared by all tests: the built book, a browser, and the time that a chapter may take."""
+"""Shared by all tests: the built book and a browser."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from filelock import FileLock
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserType
 
 ROOT = Path(__file__).resolve().parents[1]
-# A chapter should run in 45 s; the longest take up to four minutes of a free core, and longer on a shared machine.
-CHAPTER_SECONDS = float(os.environ.get("PEFTREF_CHAPTER_SECONDS", 400))
 # As root Chromium has no sandbox; the rest keeps it from looking for its maker's hosts.
 CHROMIUM = [
     "--no-sandbox",
@@ -30,29 +27,6 @@ CHROMIUM = [
     "--disable-component-update",
     "--disable-sync",
 ]
-
-_seconds: dict[str, float] = defaultdict(float)
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Add up the time of a chapter's cells."""
-    if report.nodeid.split("::")[0].endswith(".ipynb"):
-        _seconds[report.nodeid.split("::")[0]] += report.duration
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A chapter that takes too long fails the run."""
-    if session.exitstatus == 0 and any(seconds > CHAPTER_SECONDS for seconds in _seconds.values()):
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Show what each chapter takes."""
-    if _seconds:
-        terminalreporter.section(f"chapters (each may take {CHAPTER_SECONDS:.0f} s)")
-    for name, seconds in _seconds.items():
-        late = seconds > CHAPTER_SECONDS
-        terminalreporter.line(f"{seconds:6.1f} s  {name}{'  TOO LONG: the run fails' if late else ''}", red=late)
 
 
 def make(target: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -1,13 +1,13 @@
 """Execute chapters in place, and know which of them are stale.
 
 An executed chapter carries in its metadata the SHA-256 of its code cells, of every ``peftref`` module it imported, of
-the data files beside those modules and of its recorded results. It is stale when any of these has changed::
+the data files beside those modules and of the records that it reads. It is stale when any of these has changed::
 
     python -m tools.chapters tta/lame          # execute one chapter
     python -m tools.chapters --stale --jobs 2  # execute what has changed, two at a time
     python -m tools.chapters --check           # only name the stale ones; exit code 1 if there are any
 
-With ``PEFTREF_RECORD=1`` an execution also writes down what it took, for the page of the book's state.
+An execution writes down what it took, for the page of the book's state and for the budget of a chapter.
 """
 
 from __future__ import annotations
@@ -39,8 +39,13 @@ WIDGETS = "application/vnd.jupyter.widget-state+json"
 # Runs in the kernel after the last cell and is not kept: which modules did the chapter really import, and from where?
 ASK = f"""import json, sys
 print(json.dumps({{n: m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "{PACKAGE}" and m.__file__}}))"""
-# And on request, after that: on what machine, how long, how much memory?
-COST = f"\nfrom {PACKAGE}.results import run\nprint(json.dumps(run()))"
+# And after that: on what machine, how many seconds of the processor, how much memory? (A toy package cannot tell.)
+COST = f"""
+try:
+    from {PACKAGE}.recording import run
+except ImportError:
+    run = dict
+print(json.dumps(run()))"""
 STATUS = "book/_results/status.json"
 
 
@@ -70,17 +75,23 @@ def module_file(root: Path, name: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def inputs(root: Path, path: Path, modules: Iterable[str]) -> set[str]:
-    """Files that a chapter depends on besides code: data in the packages it imported, and its recorded results."""
+def records(root: Path, nb: nbformat.NotebookNode) -> set[Path]:
+    """The records that a chapter reads by ``recorded("tta/lame")``."""
+    code = "\n".join(cell.source for cell in nb.cells if cell.cell_type == "code")
+    files = {root / PACKAGE / "recorded" / f"{slug}.json" for slug in re.findall(r"recorded\(\s*\"\w+/(\w+)\"", code)}
+    return {file for file in files if file.is_file()}
+
+
+def inputs(root: Path, nb: nbformat.NotebookNode, modules: Iterable[str]) -> set[str]:
+    """Files that a chapter depends on besides code: data in the packages it imported, and the records it reads."""
     packages = {module_file(root, name).parent for name in modules}
     data = {f for f in (root / PACKAGE).rglob("*") if f.suffix in DATA}
     # A folder without code belongs to the package around it.
     data = {f for f in data if next(p for p in f.parents if (p / "__init__.py").is_file()) in packages}
-    results = {f for f in [root / "book/_results" / f"{path.stem}.json"] if f.is_file()}
-    return {f.relative_to(root).as_posix() for f in data | results}
+    return {f.relative_to(root).as_posix() for f in data | records(root, nb)}
 
 
-def fingerprint(root: Path, path: Path, nb: nbformat.NotebookNode, modules: Iterable[str], data: Iterable[str]) -> dict:
+def fingerprint(root: Path, nb: nbformat.NotebookNode, modules: Iterable[str], data: Iterable[str]) -> dict:
     """What the outputs of a chapter were made from."""
     code = "\0".join(cell.source for cell in nb.cells if cell.cell_type == "code")
     return {
@@ -96,13 +107,13 @@ def is_stale(path: Path, root: Path = ROOT) -> bool:
     saved = nb.metadata.get(PACKAGE)
     if saved is None:
         return True
-    # New results of this chapter are an input too; a new data file of some other method is not.
-    data = set(saved["data"]) | {f for f in inputs(root, path, ()) if f.endswith(".json")}
-    return saved != fingerprint(root, path, nb, saved["modules"], data)
+    # A new record of this chapter is an input too; a new data file of some other method is not.
+    data = set(saved["data"]) | inputs(root, nb, ())
+    return saved != fingerprint(root, nb, saved["modules"], data)
 
 
 def stale(root: Path = ROOT) -> list[Path]:
-    """The chapters whose outputs are older than their code cells, modules, data or results."""
+    """The chapters whose outputs are older than their code cells, modules, data or records."""
     return [path for path in chapters(root) if is_stale(path, root)]
 
 
@@ -127,7 +138,7 @@ def tidy(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
 async def execute(
     path: Path, root: Path = ROOT, *, timeout: int = 600, tick: Callable[..., object] | None = None
 ) -> None:
-    """Execute a notebook in place, and :func:`note` its cost if recording. If a cell raises, the file stays as it was.
+    """Execute a notebook in place, and :func:`note` its cost. If a cell raises, the file stays as it was.
 
     Raises:
         CellExecutionError: A cell raised; the message shows the cell and the traceback.
@@ -135,8 +146,7 @@ async def execute(
     """
     nb = nbformat.read(path, as_version=4)
     nb.metadata.pop("widgets", None)
-    recording = bool(os.environ.get("PEFTREF_RECORD"))
-    nb.cells.append(nbformat.v4.new_code_cell(ASK + COST * recording))
+    nb.cells.append(nbformat.v4.new_code_cell(ASK + COST))
     client = NotebookClient(
         nb,
         kernel_name="python3",
@@ -154,14 +164,13 @@ async def execute(
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
     await client.async_execute(cwd=str(path.parent), env=env)
     answer = "".join(out.text for out in nb.cells.pop().outputs if out.get("name") == "stdout")
-    modules, *cost = map(json.loads, answer.splitlines())
+    modules, cost = map(json.loads, answer.splitlines())
     for name, file in modules.items():
         if Path(file).resolve() != module_file(root, name).resolve():
             raise RuntimeError(f"{path}: {name} was imported from {file}, expected it under {root}")
-    nb.metadata[PACKAGE] = fingerprint(root, path, nb, modules, inputs(root, path, modules))
+    nb.metadata[PACKAGE] = fingerprint(root, nb, modules, inputs(root, nb, modules))
     replace_text(path, nbformat.writes(tidy(nb)) + "\n")
-    if recording:
-        note(path, cost[0], root)
+    note(path, cost, root)
 
 
 def note(path: Path, cost: dict, root: Path = ROOT) -> None:

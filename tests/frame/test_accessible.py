@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import functools
 import http.server
-import tarfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tools import vendor
-
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-HASH = "sha512-Xm7bpRXnDSX2YE2YFfBk2FnF0ep6tmG7xPh8iHee8MIcrgq762Nkce856dYtJYLkuIoYZvGfTs/PbZhideTcEg=="  # noqa: E501
-AXE = vendor.Package("axe-core", "4.10.3", HASH, {})
 RUN = """options => axe.run('body', {resultTypes: ['violations'], ...options}).then(r => r.violations.flatMap(
   v => v.nodes.map(n => `${v.id}: ${n.html.slice(0, 160)} ${n.any[0]?.message ?? ''}`)))"""
 RULES = {
@@ -67,13 +63,9 @@ WHOLE = ("book/beyond.html", "book/results.html")
 
 
 @pytest.fixture(scope="module")
-def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The checker's script, from npm, verified."""
-    folder = tmp_path_factory.mktemp("axe")
-    with tarfile.open(vendor.fetch(AXE, folder)) as tar:
-        found = tar.extractfile("package/axe.min.js")
-        assert found
-        return found.read().decode()
+def axe() -> str:
+    """The checker's script, as its package for Playwright has it."""
+    return (files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8")
 
 
 @contextmanager

@@ -43,7 +43,9 @@ def test_readme_and_map_are_up_to_date() -> None:
     assert readme.main(["--check"]) == 0
 
 
-@pytest.mark.parametrize(("text", "base"), [(catalog_pages.readme_table(), ROOT), (catalog_pages.map_page(), ROOT / "book")])
+@pytest.mark.parametrize(
+    ("text", "base"), [(catalog_pages.readme_table(), ROOT), (catalog_pages.map_page(), ROOT / "book")]
+)
 def test_exactly_the_ready_methods_are_linked(text: str, base: Path) -> None:
     links = {link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://arxiv.org/abs/")}
     ready = [method for method in catalog.METHODS if method.status == "ready"]

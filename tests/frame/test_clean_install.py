@@ -88,8 +88,14 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         info = f"peftref-{peftref.__version__}.dist-info"
         packaged = {name for name in names if not name.startswith(f"{info}/")}
         assert packaged == {p.relative_to(ROOT).as_posix() for p in files}
-        for name in ("peftref/py.typed", "peftref/data/fashion8k.npz", "peftref/weights/vit_fashion8k.safetensors", "peftref/catalog.toml"):
-            assert name in packaged
+        for name in (
+            "py.typed",
+            "catalog.toml",
+            "tta/__init__.pyi",
+            "data/fashion8k.npz",
+            "weights/vit_fashion8k.safetensors",
+        ):
+            assert f"peftref/{name}" in packaged
         for name in ("LICENSE", "peftref/data/fashion8k.LICENSE"):
             assert packed.read(f"{info}/licenses/{name}") == (ROOT / name).read_bytes()
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from peftref.catalog import METHODS
+from tools import reference
 
 ROOT = Path(__file__).resolve().parents[2]
 READY = {method.slug: method for method in METHODS if method.status == "ready"}

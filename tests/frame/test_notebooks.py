@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -42,6 +43,13 @@ def test_outputs_are_there_and_no_cell_failed(nb: nbformat.NotebookNode) -> None
     assert all(cell.execution_count for cell in code(nb))
     assert not [out for cell in code(nb) for out in cell.outputs if out.output_type == "error"]
     assert not [cell for cell in nb.cells if "execution" in cell.metadata], "timestamps make every diff large"
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_a_chapter_is_light(name: str) -> None:
+    """The budget is 30 s of one core, start of Python included; held against what its execution took, not a clock."""
+    status = json.loads((ROOT / chapters.STATUS).read_text(encoding="utf-8"))
+    assert status[name.removesuffix(".ipynb")]["seconds"] <= 45
 
 
 def test_stderr_is_empty(nb: nbformat.NotebookNode) -> None:

@@ -28,20 +28,8 @@ def test_the_repository_is_clean() -> None:
 
 
 @needs_ruff
-@pytest.mark.parametrize(
-    ("text", "rule"),
-    [
-        ("x = 1\n", ""),
-        (f"x = {'1 + ' * 40}1\n", "E501"),
-        ("import os\n", "F401"),
-        ("import torch\nimport os\n\nprint(os, torch)\n", "I001"),
-        ("from typing import List\n\nx: List[int] = []\n", "UP006"),
-        ("def f(x=[]):\n    return x\n", "B006"),
-        ("y = True if 1 else False\n", "SIM210"),
-    ],
-)
-def test_it_can_fail(tmp_path: Path, text: str, rule: str) -> None:
+def test_it_can_fail(tmp_path: Path) -> None:
     path = tmp_path / "file.py"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(f"import os\n\nx = {'1 + ' * 40}1\n", encoding="utf-8")
     code, out = check(path)
-    assert code == bool(rule) and rule in out, out
+    assert code == 1 and "E501" in out and "F401" in out, out
