@@ -50,6 +50,7 @@ class Worlds:
 
     @classmethod
     def of(cls, digits: Dataset, worlds: Sequence[int]) -> Worlds:
+        """Draw the worlds; three quarters of the training digits are for learning, the others for validation."""
         rows = torch.randperm(len(digits.train.y), generator=torch.Generator().manual_seed(0))
         parts = rows.split(len(rows) * 3 // 4)
         fit, validation = (Split(digits.train.x[i], digits.train.y[i]) for i in parts)
@@ -66,6 +67,7 @@ class Worlds:
 
 
 def outputs(nets: ColourNets, x: Tensor) -> Tensor:
+    """Logits of each network, without a graph."""
     with torch.no_grad():
         logits: Tensor = nets(x)
     return logits
@@ -164,6 +166,7 @@ def judged(nets: ColourNets, x: Tensor, y: Tensor) -> list[list[float]]:
 
 
 def trained(start: ColourNets, x: Tensor, y: Tensor, steps: int, seed: int, **options: Any) -> ColourNets:
+    """A trained copy of the networks."""
     nets = train(start, x, y, steps, seed=seed, **options)
     assert isinstance(nets, ColourNets)  # a list only where snapshots are asked for
     return nets
