@@ -36,7 +36,8 @@ def against_batchnorm(shape: tuple[int, ...], repeats: int) -> Row:
     """One task, where both outputs agree; the layer does all that it does with several."""
     x, g = batch(shape)
     peer = nn.BatchNorm2d(shape[1])
-    ours, ids = ours_on(peer, 1), torch.zeros(len(x), dtype=torch.long)
+    ours = ours_on(peer, 1)
+    ids = torch.zeros(len(x), dtype=torch.long)
 
     def step_ours() -> Tensor:
         with task_batch(ours, ids):
@@ -62,8 +63,10 @@ def against_batchnorm(shape: tuple[int, ...], repeats: int) -> Row:
 def against_published(shape: tuple[int, ...], repeats: int) -> Row:
     x, g = batch(shape)
     start = nn.BatchNorm2d(shape[1])
-    ours, peer = ours_on(start, 2), PublishedAdaB2N(copy.deepcopy(start), 2, kappa=0.5)
-    peer.task, peer.ids = 1, IDS
+    ours = ours_on(start, 2)
+    peer = PublishedAdaB2N(copy.deepcopy(start), 2, kappa=0.5)
+    peer.task = 1
+    peer.ids = IDS
 
     def step_ours() -> Tensor:
         with task_batch(ours, IDS):
@@ -104,7 +107,8 @@ def a_step_of_derpp() -> Row:
         return one
 
     plain = SmallCNN()
-    ours, peer = step(convert(copy.deepcopy(plain), 5, kappa=0.5), True), step(plain, False)
+    ours = step(convert(copy.deepcopy(plain), 5, kappa=0.5), True)
+    peer = step(plain, False)
     bare = step(convert(copy.deepcopy(plain), 5, kappa=0.5), False)
     assert_close(bare(), peer(), rtol=1e-4, atol=1e-5)  # without the loss that ties, in task 0, the same
     least = flops_floor(counted_flops(peer))  # the convolutions

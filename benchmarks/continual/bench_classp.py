@@ -26,7 +26,8 @@ def parameters(name: str) -> list[Tensor]:
     else:
         shapes = [(2304, 768), (2304,), (768, 768), (768,), (3072, 768), (3072,), (768, 3072), *[(768,)] * 5]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found, g = [], torch.Generator().manual_seed(0)
+    found = []
+    g = torch.Generator().manual_seed(0)
     for shape in shapes:
         p = torch.randn(shape, generator=g).to(device).requires_grad_()
         p.grad = torch.randn(shape, generator=g).to(device)
@@ -35,7 +36,8 @@ def parameters(name: str) -> list[Tensor]:
 
 
 def against_adagrad(name: str, power: float, threshold: float = 0.0, target: float | None = None) -> Row:
-    ours, theirs = parameters(name), parameters(name)
+    ours = parameters(name)
+    theirs = parameters(name)
     optimizer = CLASSP(ours, lr=1e-3, power=power, threshold=threshold, epsilon=1e-5)
     peer = torch.optim.Adagrad(theirs, lr=1e-3, eps=0, initial_accumulator_value=1e-5, foreach=True)
     if power == 2 and threshold == 0:
@@ -49,9 +51,15 @@ def against_adagrad(name: str, power: float, threshold: float = 0.0, target: flo
 
 
 def against_published(
-    name: str, step: Callable[..., None], peer_name: str, power: float, threshold: float, mode: str = "paper",
-) -> Row:  # fmt: skip
-    ours, theirs = parameters(name), parameters(name)
+    name: str,
+    step: Callable[..., None],
+    peer_name: str,
+    power: float,
+    threshold: float,
+    mode: str = "paper",
+) -> Row:
+    ours = parameters(name)
+    theirs = parameters(name)
     settings = {"lr": 1e-3, "power": power, "threshold": threshold}
     optimizer = CLASSP(ours, **settings, epsilon=1e-5, mode=mode)
     sums = [torch.zeros_like(p) for p in theirs]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 
 import torch
-from peftref.adapters.core.injection import activate, inject
 from torch import Tensor, nn
 
 from benchmarks._timing import Row, compare, counted_flops, flops_floor
+from peftref.adapters.core.injection import activate, inject
 from peftref.continual.core.prefix import prefix_attention
 from peftref.continual.core.small_modules import KVLoRA
 from peftref.continual.lae import LAE, ema_
@@ -29,9 +29,15 @@ def tensors(batch: int, heads: int, tokens: int, width: int, rows: int = 10) -> 
 
 
 def prefix(
-    batch: int, heads: int, tokens: int, width: int, *, lse: bool = False, backward: bool = False,
+    batch: int,
+    heads: int,
+    tokens: int,
+    width: int,
+    *,
+    lse: bool = False,
+    backward: bool = False,
     target: float | None = None,
-) -> Row:  # fmt: skip
+) -> Row:
     parts = [t.requires_grad_(backward) for t in tensors(batch, heads, tokens, width)]
     peer_form = materialised_lse if lse else published_prefix_attention
 
@@ -47,9 +53,13 @@ def prefix(
     # Scores and weighted sums of all tokens and prefixes; backward two products for each of them.
     products = 4 * batch * heads * tokens * (tokens + 10) * width * (3 if backward else 1)
     return compare(
-        claim, lambda: run(prefix_attention), lambda: run(peer_form), peer_name=peer, target=target,
+        claim,
+        lambda: run(prefix_attention),
+        lambda: run(peer_form),
+        peer_name=peer,
+        target=target,
         floor=flops_floor(products),
-    )  # fmt: skip
+    )
 
 
 def learner(net: nn.Module, tasks: int = 2) -> LAE:
@@ -65,7 +75,8 @@ def learner(net: nn.Module, tasks: int = 2) -> LAE:
 
 
 def experts(images: int) -> Row:
-    method, x = learner(pretrained_vit()), torch.rand(images, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    method = learner(pretrained_vit())
+    x = torch.rand(images, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 
     @torch.no_grad()
     def apart() -> Tensor:
@@ -86,8 +97,10 @@ def accumulation(layers: int) -> Row:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         on = nn.ModuleList([nn.Linear(64, 5) for _ in range(layers)])
-    off, twin = copy.deepcopy(on).requires_grad_(False), copy.deepcopy(on).requires_grad_(False)
-    slow, fast = list(off.parameters()), [p.detach() for p in on.parameters()]
+    off = copy.deepcopy(on).requires_grad_(False)
+    twin = copy.deepcopy(on).requires_grad_(False)
+    slow = list(off.parameters())
+    fast = [p.detach() for p in on.parameters()]
     for p in fast:
         p.add_(1.0)
     ema_(slow, fast, 0.99)
@@ -120,15 +133,20 @@ def frozen_phase(epochs: int) -> Row:
     with torch.no_grad():
         once = flops_floor(counted_flops(lambda: start.features(data.x)))  # each image through the network
     return compare(
-        f"{epochs} frozen epochs of 96 images", lambda: run(None), lambda: run(lambda x: x),
-        peer_name="features anew for every batch", target=2.0 if epochs >= 3 else None, floor=once,
-    )  # fmt: skip
+        f"{epochs} frozen epochs of 96 images",
+        lambda: run(None),
+        lambda: run(lambda x: x),
+        peer_name="features anew for every batch",
+        target=2.0 if epochs >= 3 else None,
+        floor=once,
+    )
 
 
 def lora(width: int) -> Row:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        qkv, x = nn.Linear(width, 3 * width), torch.rand(8, 50, width)
+        qkv = nn.Linear(width, 3 * width)
+        x = torch.rand(8, 50, width)
         net = nn.Sequential(copy.deepcopy(qkv))
         inject(net, KVLoRA, ["0"], r=5)
         a = net[0].adapters["default"]

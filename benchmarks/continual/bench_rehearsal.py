@@ -67,7 +67,8 @@ def reservoir(n: int, size: int, batch: int) -> Row:
 
 
 def fisher(n: int, exact: bool) -> Row:
-    model, (x, y) = PlainCNN(width=8).eval(), images(n)
+    model = PlainCNN(width=8).eval()
+    (x, y) = images(n)
     target = None if exact else y
 
     def ours() -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .._checks import number
+from .._checks import at_least_float32, integer, number, upcast
 from .baselines.norms import replace_batch_norms
 from .core.balanced_norm import balanced_norm
 from .core.rule import FineTune, Forward
@@ -85,10 +85,15 @@ MAX_PSI = 20.0  # a pseudo-count of 5e8 outweighs any batch; beyond 88 its expon
 
 
 def eta(k: Tensor | int, momentum: float, kappa: float) -> Tensor:
-    r"""Step size of the k-th batch, counted from 1: constant m at kappa = 1, the mean 1/k at kappa = 0.
+    r"""Step size of a batch: 1/eta_k = m^-kappa + (1 - a^(k-1)) (1/(1-a) - m^-kappa), a = (1-m)^kappa (eq-adab2n-eta).
 
-    Solves :math:`\eta_1=m^\kappa,\ \eta_{k+1}=\eta_k/(\eta_k+a)` (eq-adab2n-recursion); no digits are lost in the sum,
-    whose terms are non-negative.
+    Constant m at kappa = 1, 1/k at kappa = 0. Solves :math:`\eta_1=m^\kappa,\ \eta_{k+1}=\eta_k/(\eta_k+a)`
+    (eq-adab2n-recursion); no digits are lost in the sum, whose terms are non-negative.
+
+    Args:
+        k: number of the batch, counted from 1; of any shape.
+        momentum: m, of BatchNorm.
+        kappa: in [0, 1].
     """
     n: Tensor = torch.as_tensor(k)
     n = n if n.is_floating_point() else n.float()
@@ -102,27 +107,27 @@ def eta(k: Tensor | int, momentum: float, kappa: float) -> Tensor:
 
 
 def task_weights(psi: Tensor, counts: Tensor, *, renormalize: bool = False) -> Tensor:
-    """Posterior mean of the task proportions, ``(..., T), (T,) -> (..., T)``, in float32 at least.
+    """Posterior mean of the task proportions: omega_t = (exp psi_t + n_t) / sum_s (exp psi_s + n_s) (eq-adab2n-omega).
 
-    Its derivative is eq-adab2n-jacobian.
+    ``(..., T), (T,) -> (..., T)``, in float32 at least. Its derivative is eq-adab2n-jacobian.
 
     Args:
         psi: logarithms of the pseudo-counts of the tasks seen so far; above 20 they count as 20.
         counts: samples of each of these tasks in the batch.
         renormalize: give tasks that the batch lacks no weight; the rest then sum to 1.
     """
-    psi = psi.float() if psi.dtype in (torch.float16, torch.bfloat16) else psi
     # eq-adab2n-omega:  omega_t = (exp psi_t + n_t) / sum_s (exp psi_s + n_s)
-    total = psi.clamp(max=MAX_PSI).exp() + counts
+    total = at_least_float32(psi).clamp(max=MAX_PSI).exp() + counts
     total = total * (counts > 0) if renormalize else total
     return total / total.sum(-1, keepdim=True)
 
 
 class AdaB2N(nn.Module):
-    """Takes the place of a BatchNorm layer, and takes over its parameters and running statistics.
+    """BatchNorm by weighted statistics: mu = sum_b w_b m_b, v = sum_b w_b [u_b + (m_b - mu)^2] (eq-adab2n-statistics).
 
-    In train mode: balanced statistics inside :func:`task_batch`, else those of the plain batch. In eval mode: ordinary
-    BatchNorm, which may be folded into a convolution as any other.
+    It takes the place of a BatchNorm layer, and takes over its parameters and running statistics. In train mode:
+    balanced statistics inside :func:`task_batch`, else those of the plain batch. In eval mode: ordinary BatchNorm,
+    which may be folded into a convolution as any other.
 
     Args:
         layer: with running statistics and a momentum.
@@ -150,13 +155,11 @@ class AdaB2N(nn.Module):
             raise TypeError(f"layer: expected a BatchNorm layer that is not synchronised, got {type(layer).__name__}")
         if layer.running_mean is None or not layer.momentum or not 0 < layer.momentum < 1:
             raise ValueError(f"layer: expected running statistics and a momentum in (0, 1), got {layer}")
-        if not isinstance(tasks, int) or tasks < 1 or not 0 <= kappa <= 1:
-            got = f"{tasks!r} and {kappa}"
-            raise ValueError(f"tasks, kappa: expected a positive integer and a number in [0, 1], got {got}")
+        integer("tasks", tasks, 1)
+        self.kappa = number("kappa", kappa, 0.0, 1.0)
         self.num_features = layer.num_features
         self.eps = layer.eps
         self.momentum = float(layer.momentum)
-        self.kappa = kappa
         self.renormalize = renormalize
         self.weight = layer.weight
         self.bias = layer.bias  # the same parameters: an optimiser that has them keeps them
@@ -184,7 +187,7 @@ class AdaB2N(nn.Module):
         if x.ndim < 2 or x.shape[1] != self.num_features or not x.numel():
             raise ValueError(f"x: expected a batch (B, {self.num_features}, ...), got shape {tuple(x.shape)}")
         if self._batch is None:
-            return x.new_full((len(x),), 1 / len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+            return x.new_full((len(x),), 1 / len(x), dtype=upcast(x.dtype))
         ids, counts, each = self._batch
         if len(ids) != len(x):
             raise ValueError(f"x: expected the {len(ids)} samples that task_batch was told of, got {len(x)}")
@@ -206,12 +209,30 @@ class AdaB2N(nn.Module):
 
 
 def convert(model: nn.Module, tasks: int, kappa: float, *, renormalize: bool = False) -> nn.Module:
-    """Every BatchNorm layer of ``model`` becomes an :class:`AdaB2N`; in place, the same model is returned."""
+    """Make every BatchNorm layer of a model an :class:`AdaB2N`, in place.
+
+    Args:
+        model: with BatchNorm layers.
+        tasks: T, how many there will be at most.
+        kappa: see :class:`AdaB2N`.
+        renormalize: see :func:`task_weights`.
+
+    Returns:
+        The same model.
+    """
     return replace_batch_norms(model, partial(AdaB2N, tasks=tasks, kappa=kappa, renormalize=renormalize))
 
 
 def begin_task(model: nn.Module, task: int) -> None:
-    """Tell the layers which task has begun, from 0: its weight and those of all before it take part from now on."""
+    """Tell the layers which task has begun: its weight and those of all before it take part from now on.
+
+    Args:
+        model: converted by :func:`convert`.
+        task: its number, from 0.
+
+    Raises:
+        ValueError: no such layers, or a number out of range.
+    """
     layers = _layers(model)
     tasks = min(len(layer.psi) for layer in layers)
     if not 0 <= task < tasks:
@@ -225,10 +246,12 @@ def task_batch(model: nn.Module, task_ids: Tensor) -> Iterator[None]:
     """While it lasts, forward passes in train mode are of this batch; several are allowed, of the same samples.
 
     Args:
+        model: converted by :func:`convert`.
         task_ids: task of each sample, ``(B,)`` integers from 0 to the task begun last.
 
     Raises:
-        TypeError, ValueError: not such integers.
+        TypeError: task numbers that are no integers.
+        ValueError: not one for each sample, or numbers out of range.
         RuntimeError: inside another one for the same layers.
     """
     layers = _layers(model)
@@ -255,7 +278,12 @@ def task_batch(model: nn.Module, task_ids: Tensor) -> Iterator[None]:
 
 
 def adaptation_loss(model: nn.Module) -> Tensor:
-    """Distance of the statistics of the last forward pass in train mode to the running ones, summed over layers.
+    """Sum over layers of |mu - running mean|^2 / C + |v - running variance|^2 / C (eq-adab2n-loss), a scalar.
+
+    Of the last forward pass in train mode; the running statistics are constants.
+
+    Args:
+        model: converted by :func:`convert`.
 
     Raises:
         RuntimeError: there was no such pass yet.
@@ -308,7 +336,12 @@ def balance(rule: FineTune, model: nn.Module, tasks: Sequence[Task], strength: f
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """For an optimiser: weight decay on all parameters but psi, which it would pull towards equal pseudo-counts."""
+    """Groups for an optimiser: weight decay on all parameters but psi, which it would pull to equal pseudo-counts.
+
+    Args:
+        model: converted by :func:`convert`.
+        weight_decay: of all other parameters.
+    """
     psi = [layer.psi for layer in _layers(model)]
     rest = [p for p in model.parameters() if p.requires_grad and all(p is not q for q in psi)]
     return [{"params": rest, "weight_decay": weight_decay}, {"params": psi, "weight_decay": 0.0}]

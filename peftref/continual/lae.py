@@ -62,6 +62,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import at_least_float32, number, one_of, upcast
 from ..adapters.core.host import Host
 from ..adapters.core.injection import activate, adapters, install
 from ..data import Split
@@ -71,6 +72,7 @@ from .core.small_modules import Experts
 
 __all__ = ["LAE", "alpha_for", "ema_", "vote"]
 
+RULES = ("max", "mean")
 ONLINE = "online"
 OFFLINE = "offline"
 BOTH = "both"  # names of the adapters in each host
@@ -78,21 +80,26 @@ BOTH = "both"  # names of the adapters in each host
 
 @torch.no_grad()
 def ema_(offline: Sequence[Tensor], online: Sequence[Tensor], alpha: float) -> None:
-    """One step of the offline tensors towards the online ones, in place; integers are copied.
+    """One step of the offline tensors, off <- alpha off + (1 - alpha) on, in place (eq-lae-ema); integers are copied.
+
+    Args:
+        offline: float32 or wider, in which 1 - alpha does not vanish.
+        online: of the same shapes.
+        alpha: in [0, 1].
 
     Raises:
         ValueError: tensors that do not match, an alpha outside [0, 1], or an offline copy in half precision.
     """
-    check_unit("alpha", alpha)
+    number("alpha", alpha, 0.0, 1.0)
     if [t.shape for t in offline] != [t.shape for t in online]:
         raise ValueError(f"online: expected {len(offline)} tensors of the offline shapes, got {len(online)} others")
-    if low := [t.dtype for t in offline if t.dtype in (torch.float16, torch.bfloat16)]:
+    low = [t.dtype for t in offline if t.dtype in (torch.float16, torch.bfloat16)]
+    if low:
         raise ValueError(f"offline: expected float32 or wider, in which 1 - alpha does not vanish, got {low[0]}")
-    moving = [t.is_floating_point() for t in offline]
-    for off, on, moves in zip(offline, online, moving, strict=True):
-        if not moves:
+    for off, on in zip(offline, online, strict=True):
+        if not off.is_floating_point():
             off.copy_(on)
-    slow = [t for t, moves in zip(offline, moving, strict=True) if moves]
+    slow = [off for off in offline if off.is_floating_point()]
     fast = [on.to(off.dtype) for off, on in zip(offline, online, strict=True) if off.is_floating_point()]
     if slow:
         # eq-lae-ema:  theta_off <- theta_off + (1 - alpha) (theta - theta_off), all tensors at once
@@ -100,20 +107,25 @@ def ema_(offline: Sequence[Tensor], online: Sequence[Tensor], alpha: float) -> N
 
 
 def alpha_for(kept: float, steps: int) -> float:
-    r"""The :math:`\alpha` with :math:`\alpha^n` = ``kept``: how much of the start is left after n steps.
+    r"""The alpha with alpha^n = ``kept``, the share of the start that is left after n steps (eq-lae-memory).
+
+    Args:
+        kept: share of the offline copy that is left, in [0, 1].
+        steps: n, of a task.
 
     >>> round(alpha_for(0.9, 1040), 4)                           # the official setting: 0.9999, 1,040 steps a task
     0.9999
     """
-    check_unit("kept", kept)
-    if steps < 1:
-        raise ValueError(f"steps: expected a positive number, got {steps}")
+    number("kept", kept, 0.0, 1.0)
+    number("steps", steps, 1)
     # eq-lae-memory: the factor alpha^n of theta_0
     return float(kept ** (1 / steps))
 
 
 def vote(logits: Tensor, rule: str = "max") -> Tensor:
-    """Scores of all classes from the experts' logits, ``(E, N, K) -> (N, K)``: log of the largest (mean) probability.
+    """Log of the largest probability, max_e log softmax(z_e)_k, or of the mean one (eq-lae-ensemble).
+
+    Scores of all classes from the experts' logits, ``(E, N, K) -> (N, K)``.
 
     Args:
         logits: of the experts; half precision is computed in float32.
@@ -123,17 +135,17 @@ def vote(logits: Tensor, rule: str = "max") -> Tensor:
     >>> vote(two).argmax(-1)
     tensor([1])
     """
-    if rule not in ("max", "mean"):
-        raise ValueError(f"rule: expected 'max' or 'mean', got {rule!r}")
-    log_p = logits.float().log_softmax(-1) if logits.dtype.itemsize < 4 else logits.log_softmax(-1)
+    one_of("rule", rule, RULES)
+    log_p = at_least_float32(logits).log_softmax(-1)
     # eq-lae-ensemble:  max over the experts of log p_k
     return log_p.amax(0) if rule == "max" else log_p.logsumexp(0) - math.log(len(log_p))
 
 
 class LAE(nn.Module):
-    """Learns task after task; ``forward(x)`` is the vote of both copies over all classes seen, ``(N, K)``.
+    """Learns task after task: theta_off <- alpha theta_off + (1 - alpha) theta, y = argmax_k max(p_on, p_off).
 
-    The network stays in eval mode whatever ``train()`` is called with, so that no running statistics move.
+    ``forward(x)`` is the vote of both copies over all classes seen, ``(N, K)``. The network stays in eval mode whatever
+    ``train()`` is called with, so that no running statistics move.
 
     Args:
         model: with an adapter named ``"online"``, and timm's ``forward_features`` and ``forward_head``; used in place.
@@ -161,13 +173,13 @@ class LAE(nn.Module):
         features: int | None = None,
     ) -> None:
         super().__init__()
-        adapters(model, ONLINE)
-        check_unit("alpha", alpha)
-        if not 0 <= lr < math.inf:
-            raise ValueError(f"lr: expected a finite number from 0 on, got {lr!r}")
-        vote(torch.zeros(1, 1, 1), rule)
+        adapters(model, ONLINE)  # an error where there is none, or where the model is merged
+        number("alpha", alpha, 0.0, 1.0)
+        number("lr", lr, 0.0)
+        one_of("rule", rule, RULES)
         names = {name for host in model.modules() if isinstance(host, Host) for name in host.adapters}
-        if taken := names & {OFFLINE, BOTH}:
+        taken = names & {OFFLINE, BOTH}
+        if taken:
             raise ValueError(f"model: expected no adapter of these names, which are given later, got {sorted(taken)}")
         self.model = cast(Any, model)  # speaks timm's protocol, of which nn.Module says nothing
         self.alpha = alpha
@@ -186,7 +198,7 @@ class LAE(nn.Module):
         return super().train(False)  # see the class docstring
 
     def begin_task(self, classes: int) -> range:
-        """Before the first image of a task: a new block of the head, a new optimiser, and at task 2 the offline copy.
+        """Begin a task: a new block of the head, a new optimiser, and at task 2 the offline copy.
 
         Args:
             classes: how many new ones.
@@ -197,23 +209,22 @@ class LAE(nn.Module):
         online = adapters(self.model, ONLINE)
         new = self.head.grow(classes, next(self.model.parameters()))
         self.start = new.start
-        self.tasks = self.tasks + 1
+        self.tasks += 1
         if self.tasks == 2:
-            slow = {n: copy.deepcopy(a).to(torch.promote_types(a.dtype, torch.float32)) for n, a in online.items()}
+            slow = {n: copy.deepcopy(a).to(upcast(a.dtype)) for n, a in online.items()}
             install(self.model, slow, OFFLINE, freeze=False)
             install(self.model, {n: Experts(a, slow[n]) for n, a in online.items()}, BOTH, freeze=False)
             activate(self.model, ONLINE)
             self.pairs = [(slow[n], a) for n, a in online.items()]
         for block in self.head.blocks[:-1]:
             block.requires_grad_(not self.local)  # a zero gradient would still move them by decay or momentum
-        pet = [p for a in online.values() for p in a.parameters()]
-        self.descent = self.optimizer([*self.head.parameters(), *pet], lr=self.lr)
+        trained = [*self.head.parameters(), *(p for a in online.values() for p in a.parameters())]
+        self.descent = self.optimizer(trained, lr=self.lr)
         return new
 
     def features(self, x: Tensor) -> Tensor:
         """Pooled features before the head, ``(N, d)``."""
-        h: Tensor = self.model.forward_head(self.model.forward_features(x), pre_logits=True)
-        return h
+        return cast(Tensor, self.model.forward_head(self.model.forward_features(x), pre_logits=True))
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """One step of head, online copy and offline copy on images of the new classes; the loss, before it."""
@@ -239,7 +250,8 @@ class LAE(nn.Module):
             generator: of the order of the batches.
             epochs: in all (5: official configuration for CIFAR-100).
             frozen_epochs: the first of them train the head alone (official: 3 of 5, but 0 in the first task).
-            batch_size, drop_last: 24 and True: official configuration.
+            batch_size: 24: official configuration.
+            drop_last: leave out what does not fill a batch (True: official configuration).
             augment: a random change of each batch of images; frozen epochs then compute features anew.
 
         Returns:
@@ -274,8 +286,7 @@ class LAE(nn.Module):
         E = 1 in the first task, which has no offline copy. Whatever happens, the online copy is active afterwards.
         """
         if not self.pairs:
-            only: Tensor = self.head(self.features(x))[None]
-            return only
+            return cast(Tensor, self.head(self.features(x))[None])
         flags = [(p, p.requires_grad) for p in self.model.parameters()]
         try:
             activate(self.model, BOTH)
@@ -284,8 +295,7 @@ class LAE(nn.Module):
             activate(self.model, ONLINE)
             for p, flag in flags:
                 p.requires_grad_(flag)
-        both: Tensor = self.head(h).unflatten(0, (2, len(x)))
-        return both
+        return cast(Tensor, self.head(h).unflatten(0, (2, len(x))))
 
     def forward(self, x: Tensor) -> Tensor:
         return vote(self.experts(x), self.rule)
@@ -302,17 +312,12 @@ class LAE(nn.Module):
     def accumulate(self, n: int) -> None:
         """n steps of the offline copy towards an online copy that has not moved meanwhile: alpha^n of it stays."""
         for off, on in self.pairs:
-            ema_(tensors(off), tensors(on), self.alpha**n)
+            ema_(_tensors(off), _tensors(on), self.alpha**n)
 
     @torch.no_grad()
     def _frozen_features(self, x: Tensor) -> Tensor:
         return torch.cat([self.features(part) for part in x.split(500)])
 
 
-def tensors(module: nn.Module) -> list[Tensor]:
+def _tensors(module: nn.Module) -> list[Tensor]:
     return list(module.state_dict(keep_vars=True).values())
-
-
-def check_unit(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")

@@ -24,7 +24,8 @@ def loop_weights(psi: list[float], counts: list[int], renormalize: bool = False)
 
 def loop_statistics(x: list[list[list[float]]], w: list[float]) -> tuple[list[float], list[float]]:
     """Images by channels by pixels; the variance around the weighted mean, pixel by pixel."""
-    channels, pixels = len(x[0]), len(x[0][0])
+    channels = len(x[0])
+    pixels = len(x[0][0])
     mu = [sum(w[b] / pixels * sum(x[b][c]) for b in range(len(x))) for c in range(channels)]
     v = [
         sum(w[b] / pixels * sum((value - mu[c]) ** 2 for value in x[b][c]) for b in range(len(x)))
@@ -46,10 +47,17 @@ class PublishedAdaB2N(nn.Module):
 
     def __init__(self, layer: nn.BatchNorm2d, tasks: int, kappa: float) -> None:
         super().__init__()
-        self.weight, self.bias, self.eps, self.momentum = layer.weight, layer.bias, layer.eps, layer.momentum
-        self.running_mean, self.running_var = layer.running_mean.clone(), layer.running_var.clone()
-        self.psi, self.kappa = nn.Parameter(torch.zeros(tasks).to(layer.weight)), kappa
-        self.task, self.ids, self.eta = 0, None, None
+        self.weight = layer.weight
+        self.bias = layer.bias
+        self.eps = layer.eps
+        self.momentum = layer.momentum
+        self.running_mean = layer.running_mean.clone()
+        self.running_var = layer.running_var.clone()
+        self.psi = nn.Parameter(torch.zeros(tasks).to(layer.weight))
+        self.kappa = kappa
+        self.task = 0
+        self.ids = None
+        self.eta = None
 
     def forward(self, x: Tensor) -> Tensor:
         a = (1 - self.momentum) ** self.kappa

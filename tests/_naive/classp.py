@@ -16,9 +16,15 @@ from torch import Tensor
 
 # --- the specification ------------------------------------------------------------------------------------------------
 def loop_step(
-    w: list[float], g: list[float], s: list[float], lr: float, power: float, threshold: float, eps: float,
+    w: list[float],
+    g: list[float],
+    s: list[float],
+    lr: float,
+    power: float,
+    threshold: float,
+    eps: float,
     suppress: bool = True,
-) -> tuple[list[float], list[float]]:  # fmt: skip
+) -> tuple[list[float], list[float]]:
     """One tensor, as lists of its numbers."""
     w, s = list(w), list(s)
     for i, gradient in enumerate(g):
@@ -30,9 +36,15 @@ def loop_step(
 
 
 def loop_official_step(
-    w: list[float], g: list[float], s: list[float], lr: float, power: float, threshold: float, eps: float,
+    w: list[float],
+    g: list[float],
+    s: list[float],
+    lr: float,
+    power: float,
+    threshold: float,
+    eps: float,
     suppress: bool = True,
-) -> tuple[list[float], list[float]]:  # fmt: skip
+) -> tuple[list[float], list[float]]:
     """The published code's rule for one tensor."""
     w, s = list(w), list(s)
     if int(any(gradient != 0 for gradient in g)) > threshold:
@@ -44,9 +56,15 @@ def loop_official_step(
 
 # --- the published schedule -------------------------------------------------------------------------------------------
 def published_step(
-    w: Sequence[Tensor], g: Sequence[Tensor], s: Sequence[Tensor], lr: float = 0.2, power: float = 1.0,
-    threshold: float = 0.5, eps: float = 1e-5, suppress: bool = True,
-) -> None:  # fmt: skip
+    w: Sequence[Tensor],
+    g: Sequence[Tensor],
+    s: Sequence[Tensor],
+    lr: float = 0.2,
+    power: float = 1.0,
+    threshold: float = 0.5,
+    eps: float = 1e-5,
+    suppress: bool = True,
+) -> None:
     """In place, one tensor after the other; the test of each gate waits for the device."""
     for p, gradient, total in zip(w, g, s, strict=True):
         if (gradient**2).any() > threshold:
@@ -56,9 +74,15 @@ def published_step(
 
 
 def published_paper_step(
-    w: Sequence[Tensor], g: Sequence[Tensor], s: Sequence[Tensor], lr: float = 0.2, power: float = 1.0,
-    threshold: float = 0.5, eps: float = 1e-5, suppress: bool = True,
-) -> None:  # fmt: skip
+    w: Sequence[Tensor],
+    g: Sequence[Tensor],
+    s: Sequence[Tensor],
+    lr: float = 0.2,
+    power: float = 1.0,
+    threshold: float = 0.5,
+    eps: float = 1e-5,
+    suppress: bool = True,
+) -> None:
     """In place, with the paper's gate: the weights to move are picked out by a boolean index."""
     for p, gradient, total in zip(w, g, s, strict=True):
         open_ = gradient**2 > threshold

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 # --- the specification ------------------------------------------------------------------------------------------------
 def loop_prefix_attention(q, k, v, p_k, p_v, compensate: bool) -> tuple[list[list[float]], list[list[float]]]:
     """One head, lists of rows: outputs, and the weights of prefix and tokens of each query (each softmax by hand)."""
-    out, weights = [], []
+    out = []
+    weights = []
     for query in q:
-        keys, values = [*p_k, *k], [*p_v, *v]
+        keys = [*p_k, *k]
+        values = [*p_v, *v]
         e = [math.exp(sum(a * b for a, b in zip(query, key, strict=True)) / math.sqrt(len(query))) for key in keys]
         w = [x / sum(e) for x in e]
         share = sum(w[: len(p_k)])
@@ -37,11 +39,13 @@ def loop_vote(probs: list[list[list[float]]]) -> list[int]:
     """Experts x images x classes -> class of each image; of equal ones the first."""
     chosen = []
     for n in range(len(probs[0])):
-        best, which = -1.0, -1
+        best = -1.0
+        which = -1
         for k in range(len(probs[0][0])):
             surest = max(expert[n][k] for expert in probs)
             if surest > best:
-                best, which = surest, k
+                best = surest
+                which = k
         chosen.append(which)
     return chosen
 
@@ -75,7 +79,8 @@ def materialised_lse(q: Tensor, k: Tensor, v: Tensor, p_k: Tensor, p_v: Tensor) 
     scale = q.shape[-1] ** -0.5
     share = torch.sigmoid(torch.logsumexp(q @ p_k.mT * scale, -1) - torch.logsumexp(q @ k.mT * scale, -1))[..., None]
     p_k, p_v = (p.expand(*k.shape[:-2], *p.shape[-2:]) for p in (p_k, p_v))
-    tokens, own = F.scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(q, p_k, p_v)
+    tokens = F.scaled_dot_product_attention(q, k, v)
+    own = F.scaled_dot_product_attention(q, p_k, p_v)
     return (1 - share) * tokens + own
 
 

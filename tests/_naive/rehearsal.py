@@ -38,7 +38,9 @@ class LoopReservoir:
     """Vitter's algorithm R, one sample after the other, from the same random numbers as the batched form."""
 
     def __init__(self, size: int, seed: int = 0) -> None:
-        self.size, self.seen, self.slots = size, 0, [None] * size
+        self.size = size
+        self.seen = 0
+        self.slots = [None] * size
         self.generator = torch.Generator().manual_seed(seed)
 
     def add(self, samples: list[Any]) -> None:

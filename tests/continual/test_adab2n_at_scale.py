@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from peftref.at_scale import shifted_crop
 from peftref.continual.adab2n import AdaB2N
 from peftref.continual.baselines.norms import group_norm, replace_batch_norms
 from peftref.continual.baselines.rehearsal import DERpp
@@ -17,7 +18,6 @@ from peftref.continual.core.streams import class_incremental
 from peftref.continual.core.train import learn
 from peftref.continual.experiments.adab2n_at_scale import (
     adab2n,
-    augment,
     batch_norm,
     cifar_resnet18,
     exchange,
@@ -33,7 +33,7 @@ def thin() -> nn.Module:
 
 def test_augmentation_moves_and_mirrors_each_image():
     x = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    moved = augment(x, torch.Generator().manual_seed(0), pad=2)
+    moved = shifted_crop(x, torch.Generator().manual_seed(0), pad=2)
     assert moved.shape == x.shape
     padded, found = nn.functional.pad(x, (2, 2, 2, 2)), set()
     for before, after in zip(padded, moved, strict=True):
@@ -83,7 +83,7 @@ def test_a_row_is_what_its_pieces_give(tmp_path):
         torch.manual_seed(3)
         net = thin()
     rule, generator = DERpp(Reservoir(20, 3), alpha=0.2, beta=0.5), torch.Generator().manual_seed(3)
-    rule.forward = lambda model, x, y: model(augment(x, generator))
+    rule.forward = lambda model, x, y: model(shifted_crop(x, generator))
     want = summary(learn(net, tasks, rule, lr=0.1, seed=3))
     assert_close(torch.tensor(table.loc[("BatchNorm", 3)].to_list()), torch.tensor(list(want.values())))
     stored = rule.buffer.rows[0][0]

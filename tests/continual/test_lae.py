@@ -172,7 +172,7 @@ def test_integers_are_copied_and_half_precision_is_not_lost():
 def test_bad_accumulations_are_refused_before_they_change_anything():
     off = [torch.zeros(2), torch.zeros(3)]
     for alpha in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match=r"alpha: expected a number in \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"alpha: expected a finite number in \[0, 1\]"):
             ema_(off, off, alpha)
     with pytest.raises(ValueError, match="online: expected 2 tensors"):
         ema_(off, [torch.ones(2), torch.ones(4)], 0.5)
@@ -182,7 +182,7 @@ def test_bad_accumulations_are_refused_before_they_change_anything():
 def test_alpha_for_keeps_what_it_says():
     assert alpha_for(0.9, 60) ** 60 == pytest.approx(0.9)
     assert alpha_for(0.9, 1040) == pytest.approx(0.9999, abs=2e-6)  # the official schedule: a tenth moves in a task
-    with pytest.raises(ValueError, match="steps: expected a positive number"):
+    with pytest.raises(ValueError, match="steps: expected a finite number >= 1"):
         alpha_for(0.9, 0)
     with pytest.raises(ValueError, match="kept: expected"):
         alpha_for(1.9, 3)
@@ -210,7 +210,7 @@ def test_vote_is_the_loops_whatever_the_order_of_the_experts(e, n, k, seed):
 def test_max_and_mean_can_disagree_and_other_rules_are_refused():
     logits = torch.tensor([[[0.5, 0.5, 1e-3]], [[1e-3, 0.35, 0.65]]]).log()
     assert vote(logits).argmax() == 2 and vote(logits, "mean").argmax() == 1
-    with pytest.raises(ValueError, match="rule: expected 'max' or 'mean'"):
+    with pytest.raises(ValueError, match="rule: expected one of"):
         vote(logits, "product")
     assert vote(logits.bfloat16()).dtype == torch.float32
 

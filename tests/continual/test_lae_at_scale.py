@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from peftref.continual.experiments.lae_at_scale import PETS, Centred, random_crop, run_at_scale
+from peftref.at_scale import random_crop
+from peftref.continual.experiments.lae_at_scale import PETS, Centred, run_at_scale
 from peftref.data import load
 from peftref.models import from_timm
 from peftref.models.vit import pretrained_vit

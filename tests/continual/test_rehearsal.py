@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from peftref.continual.baselines.rehearsal import ER, ERACE, DERpp, ace_mask, derpp_loss, er_ace_loss, er_loss
 from peftref.continual.core.replay import Reservoir
+from peftref.continual.core.rule import FineTune
 from peftref.models import PlainCNN, SmallCNN
 from tests._naive import rehearsal as naive
 
@@ -301,10 +302,10 @@ def test_every_setting_matters():
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: ER(Reservoir(3), 0), "batch_size: expected a positive number, got 0"),
+        (lambda: ER(Reservoir(3), 0), "batch_size: expected an integer >= 1, got 0"),
         (lambda: ERACE(Reservoir(3), forwards="two"), 'forwards: expected "one" or "each", got \'two\''),
-        (lambda: DERpp(Reservoir(3), alpha=-1), "alpha, beta: expected finite numbers >= 0, got -1"),
-        (lambda: DERpp(Reservoir(3), beta=float("inf")), "alpha, beta: expected"),
+        (lambda: DERpp(Reservoir(3), alpha=-1), "alpha: expected a finite number >= 0, got -1"),
+        (lambda: DERpp(Reservoir(3), beta=float("inf")), "beta: expected"),
     ],
 )
 def test_bad_arguments_are_refused(call, says):

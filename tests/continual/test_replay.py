@@ -199,8 +199,8 @@ X, Y = torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)
         (lambda b: b.add(X), "batch: expected rows of shapes"),
         (lambda b: b.add(X, Y, Y), "batch: expected rows of shapes"),
         (lambda b: b.add(X[:, :1], Y), r"batch: expected rows of shapes \[\(2,\), \(\)\], as before"),
-        (lambda b: b.draw(0), "n: expected a positive number, got 0"),
-        (lambda b: b.draw(-1), "n: expected a positive number"),
+        (lambda b: b.draw(0), "n: expected an integer >= 1, got 0"),
+        (lambda b: b.draw(-1), "n: expected an integer >= 1"),
         (lambda b: b.load_state_dict(filled(4, 9).state_dict()), "state: expected a buffer of 3 samples"),
     ],
 )
@@ -226,7 +226,7 @@ def test_a_broken_state_changes_nothing():
 
 @pytest.mark.parametrize("size", [0, -1, 2.5, "3"])
 def test_bad_sizes_are_refused(size):
-    with pytest.raises(ValueError, match="size: expected a positive integer"):
+    with pytest.raises(ValueError, match="size: expected an integer >= 1"):
         Reservoir(size)
 
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftref.continual.core.streams import Task, class_incremental, domain_incremental, task_of
-from peftref.fitting import batches
 from peftref.data import Dataset, Split, load
+from peftref.fitting import batches
 
 DIGITS = load("digits")
 

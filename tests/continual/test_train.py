@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftref.continual.baselines.rehearsal import ER, ERACE, DERpp
-from peftref.continual.core.rule import FineTune
 from peftref.continual.core.metrics import evaluate, summary
 from peftref.continual.core.replay import Reservoir
+from peftref.continual.core.rule import FineTune
 from peftref.continual.core.streams import class_incremental, domain_incremental
-from peftref.fitting import batches
 from peftref.continual.core.train import joint, learn
 from peftref.data import Dataset, Split, load
+from peftref.fitting import batches
 
 DIGITS = load("digits")
 TASKS = class_incremental(DIGITS, [4, 3, 3], per_class=40)

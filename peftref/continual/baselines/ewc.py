@@ -45,7 +45,6 @@ tensor([1.2500, 1.2500])
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -53,15 +52,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 
+from ..._checks import at_least_float32, integer, number
 from ..core.rule import FineTune
 
 __all__ = ["EWC", "diagonal_fisher", "ewc_penalty"]
 
 
 def diagonal_fisher(model: nn.Module, x: Tensor, y: Tensor | None = None, *, chunk_size: int = 50) -> dict[str, Tensor]:
-    """Mean squared derivative of the log-likelihood by each trainable weight, ``name -> F``, shaped like the weight.
+    """Fisher diagonal F_i = 1/n sum_x (d log p(y|x) / d theta_i)^2 (eq-continual-fisher), ``name -> F``.
 
-    The network is measured in eval mode, where the samples of a batch do not act on each other, and left as it was.
+    Of each trainable weight, in its shape. The network is measured in eval mode, where the samples of a batch do not
+    act on each other, and left as it was.
 
     Args:
         model: images -> logits ``(N, K)``.
@@ -76,8 +77,7 @@ def diagonal_fisher(model: nn.Module, x: Tensor, y: Tensor | None = None, *, chu
     Raises:
         ValueError: no sample, other labels than images, no trainable weight, or a chunk below 1.
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size: expected a positive number, got {chunk_size}")
+    integer("chunk_size", chunk_size, 1)
     if len(x) == 0 or (y is not None and y.shape != x.shape[:1]):
         raise ValueError(f"x, y: expected n > 0 images and labels (n,), got {len(x)} and {y if y is None else y.shape}")
     theta = _trainable(model)
@@ -89,16 +89,16 @@ def diagonal_fisher(model: nn.Module, x: Tensor, y: Tensor | None = None, *, chu
 
     def observed(theta: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
         gradient = grad(lambda theta: log_p(theta, x)[0].gather(0, y[None])[0])(theta)
-        return {name: g.square() for name, g in _at_least_float32(gradient).items()}
+        return {name: g.square() for name, g in _wide(gradient).items()}
 
     def expected(theta: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
         jacobian, log_q = jacrev(log_p, has_aux=True)(theta, x)  # (K, ...) for each weight, and (K,)
         q = log_q.exp()
-        return {n: torch.einsum("k,k...->...", q.to(j), j.square()) for n, j in _at_least_float32(jacobian).items()}
+        return {n: torch.einsum("k,k...->...", q.to(j), j.square()) for n, j in _wide(jacobian).items()}
 
     parts = zip(*(t.split(chunk_size) for t in ((x,) if y is None else (x, y))), strict=True)
     squares = vmap(expected if y is None else observed, (None, *[0] * (1 if y is None else 2)))
-    total = {name: torch.zeros_like(t) for name, t in _at_least_float32(theta).items()}
+    total = {name: torch.zeros_like(t) for name, t in _wide(theta).items()}
     with _evaluating(model), torch.no_grad():
         for part in parts:
             # eq-continual-fisher:  F = 1/n sum_x (d log p(y|x) / d theta)^2, squared before it is summed
@@ -108,14 +108,20 @@ def diagonal_fisher(model: nn.Module, x: Tensor, y: Tensor | None = None, *, chu
 
 
 def ewc_penalty(theta: Mapping[str, Tensor], anchor: Mapping[str, Tensor], fisher: Mapping[str, Tensor]) -> Tensor:
-    r""":math:`\frac12\sum_iF_i(\theta_i-\theta_i^*)^2` over the weights that ``fisher`` names, a scalar.
+    r"""Penalty 1/2 sum_i F_i (theta_i - theta*_i)^2 over the weights that ``fisher`` names (eq-continual-ewc).
+
+    Args:
+        theta: weights by name.
+        anchor: theta*, by name.
+        fisher: F, by name.
 
     Raises:
         ValueError: ``theta`` or ``anchor`` lacks one of them, or has it in another shape.
     """
     shapes = {name: f.shape for name, f in fisher.items()}
     for argument, weights in (("theta", theta), ("anchor", anchor)):
-        if odd := [name for name, shape in shapes.items() if name not in weights or weights[name].shape != shape]:
+        odd = [name for name, shape in shapes.items() if name not in weights or weights[name].shape != shape]
+        if odd:
             raise ValueError(f"{argument}: expected the weights that fisher has, in the same shapes, got others: {odd}")
     # eq-continual-ewc:  1/2 sum_i F_i (theta_i - theta*_i)^2
     distance = torch._foreach_sub([theta[n] for n in shapes], [anchor[n] for n in shapes])
@@ -133,7 +139,8 @@ class EWC(FineTune):
         chunk_size: see :func:`diagonal_fisher`.
 
     Attributes:
-        fisher, anchor: F and theta* by name; empty before the first task has ended.
+        fisher: F by name; empty before the first task has ended.
+        anchor: theta* by name; empty before the first task has ended.
 
     Raises:
         ValueError: a number out of range.
@@ -141,12 +148,9 @@ class EWC(FineTune):
 
     def __init__(self, strength: float, *, decay: float = 1.0, empirical: bool = True, chunk_size: int = 50) -> None:
         super().__init__()
-        if not 0 <= strength < math.inf:
-            raise ValueError(f"strength: expected a finite number >= 0, got {strength}")
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay: expected a number in [0, 1], got {decay}")
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size: expected a positive number, got {chunk_size}")
+        number("strength", strength, 0.0)
+        number("decay", decay, 0.0, 1.0)
+        integer("chunk_size", chunk_size, 1)
         self.strength = strength
         self.decay = decay
         self.empirical = empirical
@@ -179,8 +183,8 @@ def _trainable(model: nn.Module) -> dict[str, Tensor]:
     return theta
 
 
-def _at_least_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in tensors.items()}
+def _wide(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: at_least_float32(t) for name, t in tensors.items()}
 
 
 @contextmanager

@@ -43,9 +43,10 @@ def replace_batch_norms(model: nn.Module, make: Callable[[_BatchNorm], nn.Module
 
 
 def group_norm(layer: _BatchNorm, groups: int = 32) -> nn.GroupNorm:
-    """Of the same channels, scale and shift starting at 1 and 0.
+    """Group normalisation of the layer's channels, scale and shift starting at 1 and 0.
 
     Args:
+        layer: whose channels are normalised in groups.
         groups: the largest divisor that it has in common with the channels is used (32: both papers). One channel in
             a group makes instance normalisation, whose mean over the pixels says nothing: a thin network needs fewer.
     """
@@ -53,7 +54,12 @@ def group_norm(layer: _BatchNorm, groups: int = 32) -> nn.GroupNorm:
 
 
 def continual_norm(layer: _BatchNorm, groups: int = 32) -> nn.Sequential:
-    """The groups of each image, without scale and shift, then ``layer`` itself."""
+    """Continual normalisation: the groups of each image, without scale and shift, then ``layer`` itself.
+
+    Args:
+        layer: which normalises the batch after them.
+        groups: see :func:`group_norm`.
+    """
     channels = layer.num_features
     return nn.Sequential(nn.GroupNorm(_common(groups, channels), channels, layer.eps, affine=False), layer)
 

@@ -26,13 +26,13 @@ tensor([[ True, False,  True,  True]])
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..._checks import integer, number
 from ..core.replay import Reservoir
 from ..core.rule import FineTune
 
@@ -40,7 +40,14 @@ __all__ = ["DERpp", "ER", "ERACE", "ace_mask", "derpp_loss", "er_ace_loss", "er_
 
 
 def er_loss(new: Tensor, y: Tensor, old: Tensor, y_old: Tensor) -> Tensor:
-    """Logits and labels of the new and of the replayed batch -> scalar."""
+    """Loss CE(f(x), y) + CE(f(x'), y') of the new and of the replayed batch (eq-continual-er).
+
+    Args:
+        new: logits of the new batch.
+        y: its labels.
+        old: logits of the replayed batch.
+        y_old: its labels.
+    """
     # eq-continual-er:  CE(f(x), y) + CE(f(x'), y')
     return F.cross_entropy(new, y) + F.cross_entropy(old, y_old)
 
@@ -55,7 +62,18 @@ def derpp_loss(
     alpha: float = 0.1,
     beta: float = 0.5,
 ) -> Tensor:
-    """Logits of the new batch and of two draws, the first beside its stored logits, the second beside its labels."""
+    """Loss CE(f(x), y) + alpha mean (f(x') - z')^2 + beta CE(f(x''), y'') (eq-continual-derpp).
+
+    Args:
+        new: logits of the new batch.
+        y: its labels.
+        first: logits of the first draw.
+        stored: those that the network gave when the samples of the first draw were new.
+        second: logits of the second draw.
+        y_second: its labels.
+        alpha: weight of the stored logits.
+        beta: weight of the labels.
+    """
     if first.shape != stored.shape:  # which mean((f - z)^2) would broadcast
         raise ValueError(f"first, stored: expected one shape, got {tuple(first.shape)} and {tuple(stored.shape)}")
     # eq-continual-derpp:  CE(f(x), y) + alpha mean (f(x') - z')^2 + beta CE(f(x''), y'')
@@ -96,8 +114,7 @@ class Rehearsal(FineTune):
             raise ValueError(f'forwards: expected "one" or "each", got {forwards!r}')
         if not isinstance(buffer, Reservoir):
             raise TypeError(f"buffer: expected a Reservoir, got {type(buffer).__name__}")
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size: expected a positive number, got {batch_size!r}")
+        integer("batch_size", batch_size, 1)
         self.buffer = buffer
         self.batch_size = batch_size
         self.forwards = forwards
@@ -105,7 +122,7 @@ class Rehearsal(FineTune):
     def observe(self, x: Tensor, y: Tensor) -> None:
         self.buffer.add(x, y)
 
-    def together(self, model: nn.Module, *parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def forward_parts(self, model: nn.Module, *parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Logits of each part ``(x, y, ...)``."""
         if self.forwards == "each":
             return tuple(self.forward(model, x, y) for x, y, *_ in parts)
@@ -127,7 +144,7 @@ class ER(Rehearsal):
         if not len(self.buffer):
             return super().loss(model, x, y)
         x_old, y_old = self.buffer.draw(self.batch_size)
-        new, old = self.together(model, (x, y), (x_old, y_old))
+        new, old = self.forward_parts(model, (x, y), (x_old, y_old))
         return er_loss(new, y, old, y_old) + self.regulariser(model)
 
 
@@ -137,7 +154,8 @@ class DERpp(Rehearsal):
     Args:
         buffer: of images, labels and logits.
         batch_size: replayed samples of each draw.
-        alpha, beta: weights of the two (0.1 and 0.5: found best online, mammoth's issue 6).
+        alpha: weight of the stored logits (0.1: found best online, mammoth's issue 6).
+        beta: weight of the labels (0.5: found best online, mammoth's issue 6).
         forwards: see the module.
     """
 
@@ -150,8 +168,8 @@ class DERpp(Rehearsal):
         forwards: Literal["one", "each"] = "one",
     ) -> None:
         super().__init__(buffer, batch_size, forwards)
-        if not (0 <= alpha < math.inf and 0 <= beta < math.inf):
-            raise ValueError(f"alpha, beta: expected finite numbers >= 0, got {alpha} and {beta}")
+        number("alpha", alpha, 0.0)
+        number("beta", beta, 0.0)
         self.alpha = alpha
         self.beta = beta
 
@@ -161,7 +179,7 @@ class DERpp(Rehearsal):
             loss = F.cross_entropy(new, y)
         else:
             first, second = (self.buffer.draw(self.batch_size) for _ in range(2))
-            new, z1, z2 = self.together(model, (x, y), first, second)
+            new, z1, z2 = self.forward_parts(model, (x, y), first, second)
             loss = derpp_loss(new, y, z1, first[2], z2, second[1], self.alpha, self.beta)
         self.logits = new.detach()
         return loss + self.regulariser(model)
@@ -184,6 +202,6 @@ class ERACE(Rehearsal):
             loss = er_ace_loss(self.forward(model, x, y), y, self.classes)
         else:
             x_old, y_old = self.buffer.draw(self.batch_size)
-            new, old = self.together(model, (x, y), (x_old, y_old))
+            new, old = self.forward_parts(model, (x, y), (x_old, y_old))
             loss = er_ace_loss(new, y, self.classes, old, y_old)
         return loss + self.regulariser(model)

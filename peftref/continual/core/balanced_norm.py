@@ -29,37 +29,43 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..._checks import at_least_float32
+
 __all__ = ["balanced_norm", "balanced_statistics"]
 
 
 def balanced_statistics(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted mean and biased variance of each channel, ``(B, C, ...), (B,) -> (C,), (C,)``, in float32 at least.
+    """Weighted mean and biased variance: mu = sum_b w_b m_b, v = sum_b w_b [u_b + (m_b - mu)^2] (eq-adab2n-statistics).
 
-    The variance is taken around the weighted mean, also where the weights do not sum to 1.
+    Of each channel, ``(B, C, ...), (B,) -> (C,), (C,)``, in float32 at least. The variance is taken around the weighted
+    mean, also where the weights do not sum to 1.
+
+    Args:
+        x: ``(B, C, ...)``.
+        weights: ``(B,)``.
     """
-    return _mix(*_moments(_wide(x)), weights)
+    return _mix(*_moments(at_least_float32(x)), weights)
 
 
 def balanced_norm(
     x: Tensor, weights: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``x`` normalised by its :func:`balanced_statistics`, and these; differentiable once, in all tensors.
+    """The batch normalised, y = scale (x - mu) / sqrt(v + eps) + shift, and its :func:`balanced_statistics` mu and v.
+
+    Differentiable once, in all tensors (eq-adab2n-gradient).
 
     Args:
         x: ``(B, C, ...)``; half precision is normalised in float32, where squares do not overflow, and returned as is.
         weights: ``(B,)``.
-        scale, shift: ``(C,)``; default 1 and 0.
+        scale: ``(C,)``; default 1.
+        shift: ``(C,)``; default 0.
         eps: added to the variance (1e-5: BatchNorm).
     """
-    wide = _wide(x).contiguous()
+    wide = at_least_float32(x).contiguous()
     scale = wide.new_ones(x.shape[1]) if scale is None else scale.to(wide)
     shift = wide.new_zeros(x.shape[1]) if shift is None else shift.to(wide)
     y, mu, v = _BalancedNorm.apply(wide, weights.to(wide), scale, shift, eps)
     return y.to(x.dtype), mu, v
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,14 @@ __all__ = ["DynamicHead", "local_loss"]
 
 
 def local_loss(logits: Tensor, y: Tensor, start: int) -> Tensor:
-    """Cross-entropy among the classes from ``start`` on: ``(N, K), (N,) -> ()``. Of a single class it is 0.
+    """Cross-entropy among the classes from ``start`` on, -log softmax of z over k >= start, at y (eq-lae-local).
+
+    ``(N, K), (N,) -> ()``. Of a single class it is 0.
+
+    Args:
+        logits: of all classes.
+        y: labels among the new classes.
+        start: first of these.
 
     Raises:
         ValueError: a label outside of these classes.

@@ -58,9 +58,10 @@ def evaluate(
 
 
 def average_accuracy(a: Tensor, counts: Tensor | None = None) -> Tensor:
-    r""":math:`A_t=\frac1t\sum_{i\le t}a_{t,i}` after each task, ``(T, T) -> (T,)``.
+    r"""Average accuracy A_t = 1/t sum_{i <= t} a_ti after each task (eq-continual-average), ``(T, T) -> (T,)``.
 
     Args:
+        a: accuracy matrix.
         counts: test images of each task, to weigh by images instead (LAE, FSA); the same where tasks are equal.
     """
     a = _matrix(a).tril()
@@ -72,19 +73,20 @@ def average_accuracy(a: Tensor, counts: Tensor | None = None) -> Tensor:
 
 
 def last_accuracy(a: Tensor) -> float:
-    """:math:`A_T`, the average accuracy after the last task."""
+    """Last accuracy A_T, the average accuracy after the last task."""
     return average_accuracy(a)[-1].item()
 
 
 def average_incremental(a: Tensor) -> float:
-    r""":math:`\bar A=\frac1T\sum_tA_t`."""
+    """Average incremental accuracy 1/T sum_t A_t."""
     return average_accuracy(a).mean().item()
 
 
 def forgetting(a: Tensor, *, with_last: bool = True) -> float:
-    r""":math:`F=\frac1{T-1}\sum_{i<T}(\max_ta_{t,i}-a_{T,i})`, in points.
+    r"""Forgetting F = 1/(T-1) sum_{i < T} (max_t a_ti - a_Ti), in points (eq-continual-forgetting).
 
     Args:
+        a: accuracy matrix.
         with_last: the maximum runs over all rows from i to T, so F is never negative (mammoth); else over rows before
             the last (Chaudhry et al., 2018), where learning on may show as negative forgetting.
     """
@@ -97,16 +99,17 @@ def forgetting(a: Tensor, *, with_last: bool = True) -> float:
 
 
 def backward_transfer(a: Tensor) -> float:
-    r""":math:`\mathrm{BWT}=\frac1{T-1}\sum_{i<T}(a_{T,i}-a_{i,i})`, in points; negative where tasks are forgotten."""
+    """Backward transfer 1/(T-1) sum_{i < T} (a_Ti - a_ii), in points (eq-continual-bwt); negative: forgotten."""
     a = _several(a)
     # eq-continual-bwt:  BWT = 1/(T-1) sum_{i < T} (a_Ti - a_ii)
     return (a[-1] - a.diagonal())[:-1].mean().item()
 
 
 def forward_transfer(a: Tensor, untrained: Tensor) -> float:
-    r""":math:`\mathrm{FWT}=\frac1{T-1}\sum_{i>1}(a_{i-1,i}-r_i)`, in points.
+    r"""Forward transfer 1/(T-1) sum_{i > 1} (a_{i-1,i} - r_i), in points (eq-continual-fwt).
 
     Args:
+        a: accuracy matrix, with the entries above the diagonal.
         untrained: r, the accuracies of the network before the first task, ``(T,)``.
     """
     a = _several(a)
@@ -118,7 +121,7 @@ def forward_transfer(a: Tensor, untrained: Tensor) -> float:
 
 
 def plasticity(a: Tensor) -> float:
-    r""":math:`\frac1T\sum_ia_{i,i}`: how well each task was learned when it was new."""
+    """Plasticity 1/T sum_i a_ii (eq-continual-plasticity): how well each task was learned when it was new."""
     return _matrix(a).diagonal().mean().item()
 
 

@@ -68,12 +68,17 @@ __all__ = ["AttentionHost", "Prefix", "heads", "inject_prefix", "prefix_attentio
 def prefix_attention(
     q: Tensor, k: Tensor, v: Tensor, p_k: Tensor, p_v: Tensor, *, compensate: bool = True, mask: Tensor | None = None
 ) -> Tensor:
-    """Attention with a prefix, ``(..., H, T, d_h)``.
+    """Attention with a prefix: (1 - lambda) Attn(q, K, V) + Attn(q, P_k, P_v) (eq-lae-compensated).
+
+    ``(..., H, T, d_h)``.
 
     Args:
-        q, k, v: queries, keys, values of the tokens.
-        p_k, p_v: the prefix; leading dimensions broadcast, so ``(H, L, d_h)`` serves a whole batch. Without rows
+        q: queries of the tokens.
+        k: their keys.
+        v: their values.
+        p_k: keys of the prefix; leading dimensions broadcast, so ``(H, L, d_h)`` serves a whole batch. Without rows
             (L = 0) this is the attention itself.
+        p_v: values of the prefix.
         compensate: eq-lae-compensated, else eq-lae-split.
         mask: True where a query may see a token, ``(..., T, T)``; every query sees the prefix.
 
@@ -100,7 +105,14 @@ def prefix_attention(
 
 
 def prefix_share(q: Tensor, k: Tensor, p_k: Tensor) -> Tensor:
-    r"""The share :math:`\lambda` of each query, ``(..., H, T, 1)``, without an attention matrix.
+    r"""The share lambda of the prefix: the sum of e^(q P_i / sqrt d) over that of prefix and tokens (eq-lae-share).
+
+    Of each query, ``(..., H, T, 1)``, without an attention matrix.
+
+    Args:
+        q: queries of the tokens.
+        k: their keys.
+        p_k: keys of the prefix.
 
     >>> q = torch.zeros(1, 1, 4)                              # a query that prefers nothing: L / (L + T)
     >>> prefix_share(q, torch.randn(1, 6, 4), torch.randn(1, 2, 4))
@@ -186,14 +198,17 @@ def inject_prefix(
     Args:
         model: any module.
         targets: which attentions, as for ``inject``.
-        name, freeze: as for ``inject``.
-        length, compensate: of :class:`Prefix`.
+        name: of the adapter, as for ``inject``.
+        freeze: as for ``inject``.
+        length: rows of the prefix.
+        compensate: divide by the share.
 
     Returns:
         The full names of the attentions.
 
     Raises:
-        ValueError, TypeError: as ``inject``; the model is then as it was.
+        ValueError: as ``inject``; the model is then as it was.
+        TypeError: as ``inject``; the model is then as it was.
     """
     new = build(model, Prefix, targets, length=length, compensate=compensate)
     install(model, new, name, freeze=freeze)
@@ -212,7 +227,8 @@ def heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _check(attn: Any) -> None:
     """Refuse what :meth:`Prefix.whole` would leave out."""
     kind = type(attn).__name__
-    if missing := [n for n in ("qkv", "proj", "num_heads") if not hasattr(attn, n)]:
+    missing = [n for n in ("qkv", "proj", "num_heads") if not hasattr(attn, n)]
+    if missing:
         raise ValueError(f"base: expected an attention with qkv, proj and num_heads, got a {kind} without {missing}")
     if attn.qkv.out_features % (3 * attn.num_heads):
         raise ValueError(f"base: expected queries, keys and values of all heads, got {attn.qkv.out_features} outputs")

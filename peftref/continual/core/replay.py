@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._checks import integer
+
 __all__ = ["Reservoir"]
 
 
@@ -35,8 +37,7 @@ class Reservoir:
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"size: expected a positive integer, got {size!r}")
+        integer("size", size, 1)
         self.size = size
         self.seen = 0
         self.rows: tuple[Tensor, ...] = ()
@@ -71,8 +72,7 @@ class Reservoir:
         """``min(n, len(self))`` different samples at random, as tensors in the order in which they were added."""
         if len(self) == 0:
             raise ValueError("draw: expected a buffer that something was added to, got an empty one")
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"n: expected a positive number, got {n!r}")
+        integer("n", n, 1)
         i = torch.randperm(len(self), generator=self.generator)[:n]
         return tuple(held[i.to(held.device)] for held in self.rows)
 

@@ -59,7 +59,9 @@ PLACEMENTS = ("parallel", "before", "after")
 
 
 class ParallelAdapter(Adapter):
-    r"""A bottleneck on a whole module that maps ``(..., d)`` to ``(..., d)``, such as the attention of a block.
+    r"""A bottleneck f(x) = s (gelu(x W_d^T + b_d) W_u^T + b_u) beside a module (eq-lae-adapter).
+
+    The module, such as the attention of a block, maps ``(..., d)`` to ``(..., d)``.
 
     Args:
         base: the frozen module.
@@ -106,7 +108,9 @@ class ParallelAdapter(Adapter):
 
 
 class KVLoRA(Adapter):
-    """Low-rank updates of the keys and values of one projection to queries, keys and values; queries stay.
+    """Low-rank updates s_k B_k A_k and s_v B_v A_v of keys and values (eq-lae-kvlora); the queries stay as they are.
+
+    In one projection to queries, keys and values.
 
     Args:
         base: the frozen ``qkv``, with outputs in this order.

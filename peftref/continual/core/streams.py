@@ -39,7 +39,9 @@ class Task(NamedTuple):
     Attributes:
         names: of its classes.
         classes: their labels, consecutive.
-        train, val, test: images in [0, 1] and labels; ``val`` is empty unless asked for.
+        train: images in [0, 1] and labels.
+        val: images and labels held out from training, empty unless asked for.
+        test: images and labels.
     """
 
     names: tuple[str, ...]

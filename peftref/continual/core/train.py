@@ -15,12 +15,12 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..._checks import number
 from ...data import Split
 from ...fitting import batches, check_batches
 from .metrics import evaluate
@@ -49,19 +49,23 @@ def learn(
 
     Args:
         model: images -> logits of all classes; trained in train mode, tested in eval mode, left in eval mode.
+        tasks: of a stream, such as :func:`peftref.continual.core.streams.class_incremental` makes.
         rule: what to minimise, for example :class:`peftref.continual.baselines.rehearsal.ER`; a new one for each
             stream, as it carries what it keeps of the tasks.
-        lr, optimizer: of plain SGD (published online protocols), or of any ``optimizer(parameters, lr=lr)``; one for
-            the whole stream.
-        batch_size, epochs: 10 and 1: the online setting.
+        lr: of the optimiser.
+        batch_size: new samples of a step (10: online protocols).
+        epochs: passes over the images of a task (1: the online setting).
         seed: of the order of the batches.
-        before, after: called with the number of the task, from 0, before its first and after its last batch.
+        optimizer: ``optimizer(parameters, lr=lr)``, one for the whole stream (plain SGD: online protocols).
+        before: called with the number of the task, from 0, before its first batch.
+        after: called with it after the last batch.
 
     Returns:
         The accuracy matrix in %, ``(T, T)``, filled above the diagonal too.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or out of range; before the model is touched.
+        TypeError: a model that is no module; before it is touched.
+        ValueError: nothing to train, no images, or a number out of range; before the model is touched.
     """
     _check(model, tasks, lr=lr, batch_size=batch_size, epochs=epochs)
     generator = torch.Generator().manual_seed(seed)
@@ -95,7 +99,24 @@ def joint(
     seed: int = 0,
     optimizer: Optimizer = torch.optim.SGD,
 ) -> Tensor:
-    """The upper bound: all tasks mixed, by the same steps. Returns the accuracy on each task in %, ``(T,)``."""
+    """Train ``model`` in place on all tasks mixed: what a stream is held against.
+
+    Args:
+        model: see :func:`learn`.
+        tasks: see :func:`learn`.
+        lr: of the optimiser.
+        batch_size: samples of a step.
+        epochs: passes over all images.
+        seed: of the order of the batches.
+        optimizer: see :func:`learn`.
+
+    Returns:
+        The accuracy on each task in %, ``(T,)``.
+
+    Raises:
+        TypeError: see :func:`learn`.
+        ValueError: see :func:`learn`.
+    """
     _check(model, tasks, lr=lr, batch_size=batch_size, epochs=epochs)
     x, y = (torch.cat(parts) for parts in zip(*(task.train for task in tasks), strict=True))
     last = tasks[-1]
@@ -114,6 +135,5 @@ def _check(model: nn.Module, tasks: Sequence[Task], *, lr: float, batch_size: in
     if not tasks or any(len(split.y) == 0 for task in tasks for split in (task.train, task.test)):
         sizes = [(len(task.train.y), len(task.test.y)) for task in tasks]
         raise ValueError(f"tasks: expected some, each with images to train and to test on, got {sizes}")
-    if not 0 <= lr < math.inf:
-        raise ValueError(f"lr: expected a finite number >= 0, got {lr}")
+    number("lr", lr, 0.0)
     check_batches(batch_size, epochs)

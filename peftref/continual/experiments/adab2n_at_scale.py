@@ -22,9 +22,9 @@ from typing import Any
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...at_scale import pick_device, protocol, shifted_crop
 from ...models.cnn import Normalised
 from ..adab2n import balance, convert
 from ..baselines.rehearsal import DERpp
@@ -34,7 +34,7 @@ from ..core.rule import FineTune
 from ..core.streams import Task
 from ..core.train import learn
 
-__all__ = ["adab2n", "augment", "batch_norm", "cifar_resnet18", "exchange", "run_at_scale", "three_passes"]
+__all__ = ["adab2n", "batch_norm", "cifar_resnet18", "exchange", "run_at_scale", "three_passes"]
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2615)
@@ -52,20 +52,6 @@ def cifar_resnet18(num_classes: int = 10, **kwargs: Any) -> Normalised:
     net.conv1 = nn.Conv2d(3, net.conv1.out_channels, 3, padding=1, bias=False)
     net.maxpool = nn.Identity()
     return Normalised(net, CIFAR10_MEAN, CIFAR10_STD)
-
-
-def augment(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
-    """Each image moved by up to ``pad`` pixels, black where nothing was, and mirrored or not: ``(B, C, H, W)``."""
-    b, c, h, w = x.shape
-    down, right = torch.randint(2 * pad + 1, (2, b, 1), generator=generator)
-    mirror = torch.rand(b, 1, generator=generator) < 0.5
-    row = down + torch.arange(h)
-    column = right + torch.arange(w)  # (B, H), (B, W): where each pixel comes from
-    column = torch.where(mirror, column.flip(1), column)
-    image = torch.arange(b).view(-1, 1, 1, 1)
-    channel = torch.arange(c).view(-1, 1, 1)
-    at = (image, channel, row[:, None, :, None], column[:, None, None, :])
-    return F.pad(x, (pad, pad, pad, pad))[tuple(i.to(x.device) for i in at)]
 
 
 def batch_norm(net: nn.Module, rule: FineTune, tasks: Sequence[Task]) -> Before:
@@ -118,7 +104,10 @@ def run_at_scale(
         build: makes the untrained network; called under the seed.
         tasks: of :func:`peftref.continual.core.streams.class_incremental`.
         methods: name -> what to do with network and rule before training.
-        buffer, lr, alpha, beta: 500, .03, .2, .5: published for CIFAR-10 with this buffer.
+        buffer: images in it (500: published).
+        lr: of plain SGD (.03: published).
+        alpha: of DER++ (.2: published for this buffer).
+        beta: of DER++ (.5: published for this buffer).
         seeds: of the weights, the order of the batches, the buffer and the augmentation.
         device: default: a GPU where there is one.
 
@@ -126,7 +115,7 @@ def run_at_scale(
         Last and incremental accuracy, forgetting, transfer, plasticity in %; rows (method, seed). ``attrs["protocol"]``
         says with what.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(device)
     moved = [task.to(device) for task in tasks]
     rows = {}
     for name, method in methods.items():
@@ -139,25 +128,24 @@ def run_at_scale(
             before = method(net, rule, moved)
             rows[name, seed] = summary(learn(net.to(device), moved, rule, lr=lr, seed=seed, before=before))
     found = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["method", "seed"])
-    found.attrs["protocol"] = {
-        "tasks": [list(task.names) for task in tasks],
-        "train": sum(len(task.train.y) for task in tasks),
-        "test": sum(len(task.test.y) for task in tasks),
-        "rule": "DER++",
-        "buffer": buffer,
-        "lr": lr,
-        "alpha": alpha,
-        "beta": beta,
-        "batch_size": 10,
-        "epochs": 1,
-        "seeds": list(seeds),
-        "weights": None,
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }
+    found.attrs["protocol"] = protocol(
+        device,
+        tasks=[list(task.names) for task in tasks],
+        train=sum(len(task.train.y) for task in tasks),
+        test=sum(len(task.test.y) for task in tasks),
+        rule="DER++",
+        buffer=buffer,
+        lr=lr,
+        alpha=alpha,
+        beta=beta,
+        batch_size=10,
+        epochs=1,
+        seeds=list(seeds),
+        weights=None,
+    )
     return found
 
 
 def _augmented(generator: torch.Generator, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    logits: Tensor = model(augment(x, generator))
+    logits: Tensor = model(shifted_crop(x, generator))
     return logits

@@ -25,6 +25,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ...at_scale import pick_device, protocol
 from ...data import Dataset, Split
 from ...data.read import read_idx
 from ...fitting import batches
@@ -71,7 +72,8 @@ class PaperCNN(nn.Sequential):
         width: channels of the first convolution (32: published); the second has twice, the hidden layer four times
             as many.
         side: of the square images, in pixels.
-        mean, std: the inputs are normalised with these (MNIST's, as published, for both sets).
+        mean: subtracted from the inputs (MNIST's, as published, for both sets).
+        std: by which they are divided then (MNIST's).
 
     Shape:
         ``(N, 1, side, side) -> (N, 10)``.
@@ -169,7 +171,7 @@ def run_at_scale(
     """
     if len(tasks) != 2 or len(epochs) != 2:
         raise ValueError(f"tasks, epochs: expected two of each, got {len(tasks)} and {len(epochs)}")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(device)
     seeds = list(seeds)
     first, second = (task.to(device) for task in tasks)
     rows = {}
@@ -189,16 +191,15 @@ def run_at_scale(
                 published = [as_published(net, task.train) for task in (first, second)]
             rows[name, seed] = [before.item(), *after.tolist(), *published]
     found = pd.DataFrame(rows, index=COLUMNS).T.rename_axis(["method", "seed"])
-    found.attrs["protocol"] = {
-        "train": [len(task.train.y) for task in tasks],
-        "test": [len(task.test.y) for task in tasks],
-        "epochs": list(epochs),
-        "batch_size": batch_size,
-        "methods": list(methods),
-        "seeds": seeds,
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }
+    found.attrs["protocol"] = protocol(
+        device,
+        train=[len(task.train.y) for task in tasks],
+        test=[len(task.test.y) for task in tasks],
+        epochs=list(epochs),
+        batch_size=batch_size,
+        methods=list(methods),
+        seeds=seeds,
+    )
     return found
 
 

@@ -52,7 +52,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sizes": [20, 200, 1000],
         "size": 200,
         "passes": 10,
-        "per_class": None,
     },
 }
 MINUTES = {"smoke": 0.05, "cpu": 4}
@@ -70,7 +69,7 @@ def run(
     sizes: Sequence[int],
     size: int,
     passes: int,
-    per_class: int | None,
+    per_class: int | None = None,
 ) -> dict[str, Any]:
     """All networks, one after the other; see :mod:`peftref.results`."""
     many = f"joint, {passes} passes"
@@ -109,11 +108,8 @@ def run(
         "protocol": {
             "data": "fashion8k",
             "sha256": load("fashion8k").sha256,
-            "pixels": 14,
-            "network": "two hidden layers of 100",
-            "optimiser": "SGD",
-            "batch": "10 new, 10 replayed",
-            "epochs": 1,
+            "network": "two hidden layers of 100, images of 14 x 14 pixels",
+            "training": "SGD, one epoch, batches of 10 new images and 10 replayed ones",
             "names": list(NAMES),
             "chosen": {name: list(point) for name, point in best.items()},
         },
@@ -169,15 +165,14 @@ def trained(
         stream = [task._replace(test=task.val) for task in stream]
     model = fresh(seed)
     if name.startswith("joint"):
-        epochs = int(name.split()[1]) if name != "joint" else 1
-        row = joint(model, stream, lr=lr, seed=seed, epochs=epochs)
+        row = joint(model, stream, lr=lr, seed=seed, epochs=1 if name == "joint" else int(name.split()[1]))
         return {"matrix": None, "own": None, "last": row.mean(), "score": row.mean()}
     matrix = _learned(model, stream, rule_of(name, second, Reservoir(size, seed)), lr, seed)
     if matrix is None:
         return {"matrix": None, "own": None, "last": None, "score": None}
     numbers = summary(matrix)
-    own = evaluate(model, stream, own_classes=True).mean()
-    return {"matrix": matrix, "own": own, "last": numbers["last"], "score": numbers["incremental"]}
+    found = {"last": numbers["last"], "score": numbers["incremental"]}
+    return found | {"matrix": matrix, "own": evaluate(model, stream, own_classes=True).mean()}
 
 
 def _learned(model: nn.Module, stream: Sequence[Task], rule: FineTune, lr: float, seed: int) -> Tensor | None:

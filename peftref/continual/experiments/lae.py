@@ -10,7 +10,7 @@ The sizes ``t4`` and ``gpu`` are the paper's experiment with part of the images:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,11 @@ import torch
 from ...data import load
 from ...results import finding
 from .lae_at_scale import run_at_scale
+from .lae_claims import LOCAL, PLAIN, Arm, difference, numbers, rows
 from .turned_clothes import learned
 
 __all__ = ["MINUTES", "NEEDS", "PRESETS", "run"]
 
-PLAIN = "Prefix, not calibrated"
-LOCAL = "sequential, local loss"
-Arm = tuple[str, str]  # name and module
 COPIES = ("online", "offline", "ensemble", "mean vote")
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
@@ -154,65 +152,6 @@ def _shown(name: str) -> str:
     return "ensemble" if name.startswith(("LAE", "none", "global")) else "online"
 
 
-def numbers(runs: Sequence[Mapping[str, Any]], copy_of: str) -> dict[str, list[float]]:
-    """Accuracy on old and on new classes, averaged over tasks 2 to 5, and on all after the last; one for each seed."""
-    found: dict[str, list[float]] = {"old": [], "new": [], "last": []}
-    for one in runs:
-        scores = one[copy_of]
-        for side in ("old", "new"):
-            found[side].append(sum(scores[side][1:]) / len(scores[side][1:]))
-        found["last"].append(scores["all"][-1])
-    return found
-
-
-def asked(pets: Sequence[str]) -> list[tuple[str, str, str, tuple[Arm, str], tuple[Arm, str]]]:
-    """The claims: words, where they stand, what is measured, and the two arms with their copies."""
-    found: list[tuple[str, str, str, tuple[Arm, str], tuple[Arm, str]]] = []
-    never = ("frozen", "Adapter"), "online"
-    for pet in pets:
-        vote = ("LAE", pet), "ensemble"
-        fast = ("LAE", pet), "online"
-        slow = ("LAE", pet), "offline"
-        found += [
-            (f"LAE over sequential, {pet}", "ours", "last", vote, (("sequential", pet), "online")),
-            (f"LAE over sequential with the local loss, {pet}", "ours", "last", vote, ((LOCAL, pet), "online")),
-            (f"the vote over the online copy, {pet}", "text", "last", vote, fast),
-            (f"LAE over a module that is never trained, {pet}", "text", "last", vote, never),
-            (f"the offline copy over the online one, old classes, {pet}", "text", "old", slow, fast),
-            (f"the online copy over the offline one, new classes, {pet}", "text", "new", fast, slow),
-        ]
-    vote = ("LAE", "Adapter"), "ensemble"
-    mean = ("LAE", "Adapter"), "mean vote"
-    prefix = ("LAE", "Prefix"), "ensemble"
-    digits = ("LAE, digits", "Adapter"), "ensemble"
-    return [
-        *found,
-        ("a calibrated prefix over one that is not", "text", "last", prefix, (("LAE", PLAIN), "ensemble")),
-        ("frozen epochs over none, Adapter", "text", "last", vote, (("none frozen", "Adapter"), "ensemble")),
-        ("the local loss over the global, Adapter", "text", "last", vote, (("global loss", "Adapter"), "ensemble")),
-        ("the maximum over the mean, Adapter", "ours", "last", vote, mean),
-        ("LAE over never trained, digits, Adapter", "ours", "last", digits, (("frozen, digits", "Adapter"), "online")),
-    ]
-
-
-def rows(ends: Mapping[Arm, Mapping[str, Mapping[str, list[float]]]], pets: Sequence[str]) -> list[dict[str, Any]]:
-    """The claims whose arms were run: differences of accuracies in %, the same orders of the classes."""
-    found = []
-    for claim, where, side, (first, one), (second, two) in asked(pets):
-        if first in ends and second in ends:
-            names = [f"{' / '.join(arm)}, {name}" for arm, name in ((first, one), (second, two))]
-            pair = dict(zip(names, (ends[first][one][side], ends[second][two][side]), strict=True))
-            found.append(_difference(claim, where, pair))
-    return found
-
-
-def _difference(claim: str, where: str, pair: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    ours, theirs = pair.values()
-    level = {arm: sum(v) / len(v) for arm, v in pair.items()}
-    values = [a - b for a, b in zip(ours, theirs, strict=True)]
-    return finding(claim, values, where=where, unit="points", level=level)
-
-
 def _large(each: Callable[..., Any], data: Path | None, *, seeds: Sequence[int], **options: Any) -> dict[str, Any]:
     """The paper's backbone and data, one small module; images in [0, 1], as the official code feeds them."""
     from ...models.cnn import from_timm
@@ -230,10 +169,10 @@ def _large(each: Callable[..., Any], data: Path | None, *, seeds: Sequence[int],
     told = "quoted in later papers (CIFAR-100, ten tasks, all images)"
     level = finding("last accuracy of LAE, Adapter", ensemble, where=told, unit="%", claim="paper", paper=85.59)
     slow = {"offline": offline, "online": online}
-    gain = _difference("the vote over the online copy, Adapter", "text", vs)
-    slow = _difference(
+    gain = difference("the vote over the online copy, Adapter", "text", vs)
+    slow = difference(
         "the offline copy over the online one, all classes", "ours", {"offline": offline, "online": online}
     )
-    other = _difference("the offline copy over the online one, all classes", "ours", slow)
+    other = difference("the offline copy over the online one, all classes", "ours", slow)
     protocol = {"data": "cifar100", "weights": "vit_base_patch16_224.augreg_in21k", "module": "Adapter"}
     return {"rows": [level, gain, other], "arrays": {"stream": tables}, "protocol": protocol}

@@ -16,7 +16,6 @@ Accuracy is over the test images of all classes seen.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,13 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...adapters.core.injection import inject
+from ...at_scale import first_of_each, pick_device, protocol, random_crop
 from ...data import Dataset, Split
 from ..core.prefix import inject_prefix
 from ..core.small_modules import KVLoRA, ParallelAdapter
 from ..core.streams import class_incremental
 from ..lae import LAE, vote
 
-__all__ = ["Centred", "PETS", "random_crop", "run_at_scale"]
+__all__ = ["Centred", "PETS", "run_at_scale"]
 
 PETS: dict[str, Callable[[nn.Module, str], object]] = {
     "Adapter": lambda net, attn: inject(net, ParallelAdapter, attn, name="online"),
@@ -67,28 +67,6 @@ class Centred(nn.Module):
         return h
 
 
-def random_crop(x: Tensor, size: int, generator: torch.Generator, smallest: float = 0.08) -> Tensor:
-    """Of each image another random rectangle, enlarged to ``size``, and every second one mirrored.
-
-    Area uniform from ``smallest`` to 1, log of the aspect uniform between 3 / 4 and 4 / 3, as is usual for ImageNet;
-    sides are cut to the image.
-
-    Args:
-        x: ``(N, C, H, W)``.
-        size: side of the result.
-        generator: on the CPU.
-    """
-    area, aspect, dx, dy, flip = torch.rand(5, len(x), generator=generator)
-    area = smallest + (1 - smallest) * area
-    aspect = (math.log(4 / 3) * (2 * aspect - 1)).exp()
-    w, h = ((area * a).sqrt().clamp(max=1.0) for a in (aspect, 1 / aspect))  # sides, as shares of the image's
-    zero = torch.zeros(len(x))
-    mirrored = torch.where(flip < 0.5, -1.0, 1.0)
-    rows = [mirrored * w, zero, (2 * dx - 1) * (1 - w), zero, h, (2 * dy - 1) * (1 - h)]
-    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), [len(x), 1, size, size], align_corners=False)
-    return F.grid_sample(x, grid.to(x), mode="bilinear", padding_mode="border", align_corners=False)
-
-
 def run_at_scale(
     model: nn.Module,
     data: Dataset,
@@ -117,9 +95,14 @@ def run_at_scale(
         tasks: number of tasks (10: paper).
         blocks: which of the model's blocks get a module (the first five: official configuration).
         size: side of the images that the model takes.
-        alpha, lr, epochs, frozen_epochs, batch_size: official configuration for CIFAR-100.
+        alpha: of the offline copy (official configuration for CIFAR-100, as the next four).
+        lr: of head and module.
+        epochs: of a task.
+        frozen_epochs: the first of them, from the second task on.
+        batch_size: of a step.
         augmented: random crops (official); without them frozen epochs compute features once.
-        limit, test_limit: images of each class (all).
+        limit: training images of each class (all).
+        test_limit: test images of each class (all).
         device: default: a GPU if there is one.
         seed: of the order of the batches, the crops and the heads.
 
@@ -131,7 +114,7 @@ def run_at_scale(
     """
     if pet not in PETS:
         raise ValueError(f"pet: expected one of {list(PETS)}, got {pet!r}")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(device)
     PETS[pet](model.eval(), rf"blocks\.({'|'.join(map(str, blocks))})\.attn")
     learner = LAE(Centred(model, size).to(device), alpha=alpha, lr=lr)
     generator = torch.Generator().manual_seed(seed)
@@ -149,28 +132,30 @@ def run_at_scale(
             batch_size=batch_size,
             augment=augment,
         )
-        seen.append(_first(task.test, test_limit))
+        if test_limit is not None:
+            kept = first_of_each(task.test.y, test_limit)
+            task = task._replace(test=Split(task.test.x[kept], task.test.y[kept]))
+        seen.append(task.test)
         rows.append(_accuracies(learner, seen))
     table = pd.DataFrame(rows, columns=["online (%)", "offline (%)", "ensemble (%)"])
     table.index = pd.RangeIndex(1, len(rows) + 1, name="tasks learned")
-    table.attrs["protocol"] = {
-        "data": data.name,
-        "sha256": data.sha256,
-        "pet": pet,
-        "tasks": tasks,
-        "blocks": list(blocks),
-        "size": size,
-        "alpha": alpha,
-        "lr": lr,
-        "epochs": epochs,
-        "frozen_epochs": frozen_epochs,
-        "batch_size": batch_size,
-        "augmented": augmented,
-        "limit": limit,
-        "seed": seed,
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }
+    table.attrs["protocol"] = protocol(
+        device,
+        data=data.name,
+        sha256=data.sha256,
+        pet=pet,
+        tasks=tasks,
+        blocks=list(blocks),
+        size=size,
+        alpha=alpha,
+        lr=lr,
+        epochs=epochs,
+        frozen_epochs=frozen_epochs,
+        batch_size=batch_size,
+        augmented=augmented,
+        limit=limit,
+        seed=seed,
+    )
     return table
 
 
@@ -183,11 +168,3 @@ def _accuracies(learner: LAE, splits: Sequence[Split]) -> list[float]:
         right = right + (found == y).sum(1).cpu()
         count = count + len(y)
     return (100 * right / count).tolist()
-
-
-def _first(split: Split, each: int | None) -> Split:
-    """The first images of each class."""
-    if each is None:
-        return split
-    rows = torch.cat([(split.y == k).nonzero()[:each, 0] for k in split.y.unique()])
-    return Split(split.x[rows], split.y[rows])
