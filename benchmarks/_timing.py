@@ -23,7 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from peftref.results import hardware
+from peftref.recording import hardware
 
 __all__ = ["Floor", "Row", "bytes_floor", "compare", "counted_flops", "environment", "flops_floor", "peak_mb"]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import nbformat
 
 from peftref._replacing import replacing
-from tools import catalog_pages, pages, reference
+from tools import catalog_pages, pages, reference, speed, status
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ("book/tta/cotta.ipynb", "fig-cotta-result")  # the figure that the README shows
@@ -55,8 +55,9 @@ def wanted(root: Path = ROOT) -> dict[Path, bytes]:
     files |= {path: text.encode() for path, text in reference.pages(root).items()}
     files[root / "_toc.yml"] = catalog_pages.toc(root).encode()
     files[root / "book/results.md"] = pages.results_page(root).encode()
-    files[root / "book/speed.md"] = pages.speed_page(root).encode()
-    files[root / "book/status.md"] = pages.status_page(root).encode()
+    files[root / "book/speed.md"] = speed.speed_page(root).encode()
+    files[root / speed.CHART] = speed.chart(root)
+    files[root / "book/status.md"] = status.status_page(root).encode()
     if (root / PICTURE[0]).is_file():
         files[root / "book/_static/readme.png"] = picture(root)
     return files
