@@ -20,6 +20,7 @@ from .core.activations import run as run
 from .core.activations import shared_inputs as shared_inputs
 from .core.activations import token_mask as token_mask
 from .core.adapter import Adapter as Adapter
+from .core.adapter import PeftFormat as PeftFormat
 from .core.bypass import bypassed as bypassed
 from .core.bypass import call_with_taps as call_with_taps
 from .core.files import config as config
@@ -44,6 +45,7 @@ from .core.phm import PHM as PHM
 from .core.phm import Rule as Rule
 from .core.phm import phm_linear as phm_linear
 from .core.phm import phm_weight as phm_weight
+from .core.spectra import Accumulator as Accumulator
 from .core.spectra import Moments as Moments
 from .core.spectra import Spectrum as Spectrum
 from .core.spectra import absorb as absorb
@@ -110,6 +112,7 @@ from .vl_adapter import affine as affine
 from .vl_adapter import bottleneck as bottleneck
 
 __all__ = [
+    "Accumulator",
     "AdaptFormer",
     "Adapter",
     "Bank",
@@ -128,6 +131,7 @@ __all__ = [
     "Moments",
     "MultiRun",
     "PHM",
+    "PeftFormat",
     "Rule",
     "Run",
     "SHARING",

@@ -49,18 +49,19 @@ False
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import integer, number, one_of
 from .core.activations import record_inputs
 from .core.adapter import Adapter
 from .core.injection import adapters
 from .core.layers import Layer, width
 
 __all__ = ["AdaptFormer", "branch", "dead_share", "head"]
+
+PLACEMENTS = ("parallel", "sequential")
 
 
 def branch(
@@ -72,7 +73,16 @@ def branch(
     scale: float | Tensor = 1.0,
     dropout: float = 0.0,
 ) -> Tensor:
-    """The bottleneck on each row: ``(..., d) -> (..., d)`` (eq-adaptformer-branch).
+    """The bottleneck on each row, ``f(u) = s (ReLU(u W_d^T + b_d) W_u^T + b_u)`` (eq-adaptformer-branch).
+
+    Args:
+        u: rows, ``(..., d)``.
+        down: W_d, ``(r, d)``.
+        down_bias: b_d, ``(r,)``.
+        up: W_u, ``(d, r)``.
+        up_bias: b_u, ``(d,)``.
+        scale: s.
+        dropout: share of the hidden units that are dropped.
 
     >>> u, down, up = torch.tensor([[1.0, -2.0]]), torch.eye(2), torch.tensor([[1.0, 5.0], [3.0, 7.0]])
     >>> branch(u, down, torch.zeros(2), up, torch.zeros(2), scale=0.5)   # the ReLU drops the second number
@@ -85,7 +95,8 @@ def branch(
 
 
 class AdaptFormer(Adapter):
-    """One bottleneck on one block (eq-adaptformer-parallel, eq-adaptformer-sequential).
+    """One bottleneck on one block, ``x' + z + f(x')`` (eq-adaptformer-parallel) or ``x' + z + f(z)``
+    (eq-adaptformer-sequential).
 
     Put it on whole blocks, ``inject(model, AdaptFormer, r"blocks\\.\\d+")``, of any model whose blocks add an MLP to
     their stream and return a tensor.
@@ -125,14 +136,11 @@ class AdaptFormer(Adapter):
         tap: str = "norm2",
     ) -> None:
         super().__init__()
-        if isinstance(bottleneck, bool) or not isinstance(bottleneck, int) or bottleneck < 1:
-            raise ValueError(f"bottleneck: expected a positive integer, got {bottleneck!r}")
-        if not math.isfinite(scale):
-            raise ValueError(f"scale: expected a finite number, got {scale!r}")
+        integer("bottleneck", bottleneck, 1)
+        number("scale", scale)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected a number in [0, 1), got {dropout!r}")
-        if placement not in ("parallel", "sequential"):
-            raise ValueError(f"placement: expected 'parallel' or 'sequential', got {placement!r}")
+        one_of("placement", placement, PLACEMENTS)
         children = dict(base.module.named_children())
         if tap not in children:
             raise ValueError(f"tap: expected a child of the block, one of {list(children)}, got {tap!r}")
@@ -152,7 +160,7 @@ class AdaptFormer(Adapter):
             nn.init.zeros_(zero)
 
     def forward(self, x: Tensor, y0: Tensor, base: Layer) -> Tensor:
-        # eq-adaptformer-parallel:    x' + z + f(x'), where x' is what the tap hears and y0 = x' + z
+        # eq-adaptformer-parallel:    x' + z + f(x'), where x' is the input of the tap and y0 = x' + z
         # eq-adaptformer-sequential:  x' + z + f(z),  z = y0 - x'
         u = x if self.placement == "parallel" else y0 - x
         down = self.down_proj
@@ -173,15 +181,16 @@ def dead_share(model: nn.Module, x: Tensor, name: str = "default") -> dict[str, 
     given = adapters(model, name)
     shares = {}
     found = {n: a for n, a in given.items() if isinstance(a, AdaptFormer)}
-    if wrong := [n for n in given if n not in found]:
+    wrong = [n for n in given if n not in found]
+    if wrong:
         raise ValueError(f"name: expected an AdaptFormer, got another adapter on {wrong}")
 
-    def see(n: str, u: Tensor) -> None:
+    def count(n: str, u: Tensor) -> None:
         a = found[n]
         off = F.linear(a.norm.forward(u), a.down_proj.weight, a.down_proj.bias) <= 0  # by a call this would be seen too
         shares[n] = off.view(-1, a.bottleneck).all(0).double().mean().item()
 
-    with record_inputs(model, {n: a.norm for n, a in found.items()}, see):
+    with record_inputs(model, {n: a.norm for n, a in found.items()}, count):
         model(x)
     if not shares:
         raise ValueError(f"name: expected an adapter that is active, got {name!r}")

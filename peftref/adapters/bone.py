@@ -67,7 +67,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core.adapter import Adapter
+from .._checks import integer, one_of
+from .core.adapter import Adapter, PeftFormat
 from .core.layers import Layer, view
 
 __all__ = ["Bone", "bat", "pool", "pooled", "tiles"]
@@ -76,14 +77,18 @@ VARIANTS = {"bat": "bat", "bone": True, "mini": "mini"}  # ours -> PEFT's init_w
 
 
 def bat(weight: Tensor, block: Tensor) -> Tensor:
-    r"""The guided update: ``(o, i)`` from the frozen weight ``(o, i)`` and the blocks :math:`B`, ``(o / r, r, r)``.
+    r"""The guided update ``dW_ab = W_ab B_a + B_a`` (eq-bone-bat), ``(o, i)``.
 
-    In memory a weight is a stack of rows of :math:`r` numbers, ``(a, p, b)`` of them: all of group ``a`` meet the same
-    :math:`B_a`, so one batched product does it, without moving a number.
+    In memory a weight is a stack of rows of :math:`r` entries, ``(a, p, b)`` of them: all of group ``a`` meet the same
+    :math:`B_a`, so one batched product does it, without moving an entry.
+
+    Args:
+        weight: the frozen W, ``(o, i)``.
+        block: the blocks B, ``(o / r, r, r)``.
     """
     o, i = weight.shape
     groups, r, _ = block.shape
-    rows = weight.reshape(groups, i, r)  # (o, i) -> (a, p b, q): r rows of i numbers are i rows of r
+    rows = weight.reshape(groups, i, r)  # (o, i) -> (a, p b, q): r rows of i entries are i rows of r
     # eq-bone-bat:  dW_ab = W_ab B_a + B_a
     update = (rows @ block).view(groups, r, i // r, r) + block[:, :, None]
     return update.view(o, i)
@@ -100,7 +105,7 @@ def tiles(r: int, i: int) -> Tensor:
 
 
 def pool(x: Tensor, r: int) -> Tensor:
-    """What S lets through, the sums of every r-th input: ``(..., i) -> (..., r)``."""
+    """What S lets through, ``x S^T`` (eq-bone-pooled), the sums of every r-th input: ``(..., i) -> (..., r)``."""
     shards, rest = divmod(x.shape[-1], r)
     if rest:  # zeros fill the last shard up
         x = F.pad(x, (0, r - rest))
@@ -111,13 +116,24 @@ def pool(x: Tensor, r: int) -> Tensor:
 
 
 def pooled(block: Tensor, i: int) -> Tensor:
-    """The update without a guide: ``(o, i)`` from D, ``(r, o)``."""
+    """The update without a guide, ``dW = D^T S`` (eq-bone-pooled): ``(o, i)`` from D, ``(r, o)``."""
     # eq-bone-pooled:  dW = D^T S
     return block.T.repeat(1, -(-i // len(block)))[:, :i]
 
 
+def _write(options: Mapping[str, Any]) -> dict[str, Any]:
+    rest = {name: value for name, value in options.items() if name != "variant"}
+    return {"peft_type": "MISS", "init_weights": VARIANTS[options.get("variant", "bat")], **rest}
+
+
+def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+    start = config.get("init_weights", True)
+    variant = start if start in ("bat", "mini") else "bone"  # False: the pooled form from a random start
+    return {"variant": variant, **{name: config[name] for name in ("r", "mini_r") if name in config}}
+
+
 class Bone(Adapter):
-    r"""One block-affine update (eq-bone-bat), or its pooled form (eq-bone-pooled).
+    r"""One block-affine update, ``dW_ab = W_ab B_a + B_a`` (eq-bone-bat), or pooled, ``dW = D^T S`` (eq-bone-pooled).
 
     Args:
         base: the frozen layer.
@@ -132,23 +148,26 @@ class Bone(Adapter):
 
     kind = "bone"
     options = ("r", "variant", "mini_r")
-    ignored = {"miss_dropout": ...}  # for training alone
-    renamed = {".bone_block": ".miss_block"}  # PEFT before 0.19
+    peft = PeftFormat(
+        ignored={"miss_dropout": ...},  # for training alone
+        renamed={".bone_block": ".miss_block"},  # PEFT before 0.19
+        write=_write,
+        read=_read,
+    )
 
     def __init__(self, base: Layer, r: int = 64, variant: str = "bat", mini_r: int = 1) -> None:
         super().__init__()
         o = base.out_features
         i = base.in_features
-        if variant not in VARIANTS:
-            raise ValueError(f"variant: expected one of {list(VARIANTS)}, got {variant!r}")
-        if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= i:
-            raise ValueError(f"r: expected an integer from 1 to {i}, the layer's inputs, got {r!r}")
+        one_of("variant", variant, VARIANTS)
+        integer("r", r, 1, i)
         if variant == "bat" and (o % r or i % r):
             raise ValueError(
                 f"r: expected a divisor of {o} outputs and {i} inputs for variant 'bat', got {r}; give this layer "
                 "another by per_layer, or leave it out by exclude"
             )
-        if isinstance(mini_r, bool) or not isinstance(mini_r, int) or mini_r < 1 or variant == "mini" and o % mini_r:
+        integer("mini_r", mini_r, 1)
+        if variant == "mini" and o % mini_r:
             raise ValueError(f"mini_r: expected a divisor of {o}, the layer's outputs, got {mini_r!r}")
         self.r = r
         self.variant = variant
@@ -184,17 +203,6 @@ class Bone(Adapter):
         times = base.out_features // self.mini_r if self.variant == "mini" else 1
         return self.miss_block.repeat(1, times)  # (r, o)
 
-    @classmethod
-    def to_peft(cls, options: dict[str, Any]) -> dict[str, Any]:
-        rest = {name: value for name, value in options.items() if name != "variant"}
-        return {"peft_type": "MISS", "init_weights": VARIANTS[options.get("variant", "bat")], **rest}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        start = config.get("init_weights", True)
-        variant = start if start in ("bat", "mini") else "bone"  # False: the pooled form from a random start
-        return {"variant": variant, **{name: config[name] for name in ("r", "mini_r") if name in config}}
-
 
 class _Bat(torch.autograd.Function):
     """``x @ bat(W, B).T``, or with W and the bias in it the whole layer's output.
@@ -221,9 +229,9 @@ class _Bat(torch.autograd.Function):
             flat_grad, flat_x = (t.reshape(-1, t.shape[-1]) for t in (grad, x))
             G = (flat_grad.mT @ flat_x.to(grad.dtype)).to(block.dtype)  # (o, i)
             rows = weight.reshape(groups, -1, r)
-            of = G.view(groups, -1, r)
+            rows_of_G = G.view(groups, -1, r)
             # eq-bone-gradient:  dB_a = sum_b W_ab^T G_ab + sum_b G_ab
-            dB = torch.baddbmm(G.view(groups, r, -1, r).sum(2), rows.mT, of)
+            dB = torch.baddbmm(G.view(groups, r, -1, r).sum(2), rows.mT, rows_of_G)
         return dx, None, dB, None, None
 
 

@@ -57,7 +57,6 @@ True
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -66,8 +65,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import integer, number
 from .core.adapter import Adapter
-from .core.files import PREFIX, _write, config
+from .core.files import PREFIX, config, write_files
 from .core.injection import adapters
 from .core.layers import Layer, view
 from .core.targets import frozen_module, modules_by_name
@@ -76,12 +76,13 @@ __all__ = ["Hydra", "as_lora", "save_as_lora"]
 
 
 class Hydra(Adapter):
-    """Two branches on one layer (eq-hydra-update).
+    """Two branches on one layer, ``f = s [B_p (A_p x + a_p) + B_s (A_s y0 + a_s) + beta]`` (eq-hydra-update).
 
     Args:
         base: the frozen layer.
-        r_par, r_seq: ranks of the branches (2 and 2: the official vision configurations; for language 4 and 8). Zero
-            leaves a branch out; with ``r_seq=0`` it is a LoRA.
+        r_par: rank of the parallel branch (2: the official vision configurations; 4 for language); 0 leaves it out.
+        r_seq: rank of the sequential branch (2: the official vision configurations; 8 for language); 0 leaves it out,
+            and what is left is a LoRA.
         scale: of the update (1: official for CLIP and for language; VTAB has one for each data set, 0.1 to 4.5).
         bias: train the biases of the branches too (official for vision; not for language).
         dropout: share of the bottleneck's units that are dropped in training (0 to 0.2 on VTAB).
@@ -98,13 +99,11 @@ class Hydra(Adapter):
         self, base: Layer, r_par: int = 2, r_seq: int = 2, scale: float = 1.0, bias: bool = True, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        for name, rank in (("r_par", r_par), ("r_seq", r_seq)):
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
-                raise ValueError(f"{name}: expected an integer of at least 0, got {rank!r}")
+        integer("r_par", r_par, 0)
+        integer("r_seq", r_seq, 0)
         if r_par + r_seq == 0:
             raise ValueError("r_par, r_seq: expected at least one branch, got ranks 0 and 0")
-        if not math.isfinite(scale):
-            raise ValueError(f"scale: expected a finite number, got {scale!r}")
+        number("scale", scale)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected a number in [0, 1), got {dropout!r}")
         self.r_par = r_par
@@ -137,7 +136,7 @@ class Hydra(Adapter):
 
 
 def as_lora(adapter: Hydra, module: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The same update as a LoRA of scale one with a bias (eq-hydra-lora).
+    """The same update as a LoRA of scale one with a bias, ``dW = B A`` (eq-hydra-lora).
 
     Args:
         adapter: of the layer.
@@ -188,7 +187,8 @@ def save_as_lora(model: nn.Module, path: str | Path, name: str = "default") -> N
     found = adapters(model, name)
     modules = modules_by_name(model)
     hydras = {n: a for n, a in found.items() if isinstance(a, Hydra)}
-    if other := [n for n in found if n not in hydras]:
+    other = [n for n in found if n not in hydras]
+    if other:
         raise TypeError(f"name: expected a Hydra, got {found[other[0]].kind} on {other[0]}")
     if any(getattr(modules[n], "merged", False) for n in found):
         raise RuntimeError("model: expected one that is not merged, got a merged one; unmerge it first")
@@ -221,4 +221,4 @@ def save_as_lora(model: nn.Module, path: str | Path, name: str = "default") -> N
         "target_modules": config(model, name)["target_modules"],
         "fan_in_fan_out": any(type(frozen_module(modules[n])).__name__ == "Conv1D" for n in found),
     }
-    _write(path, tensors, spec)
+    write_files(path, tensors, spec)

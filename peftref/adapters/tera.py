@@ -10,7 +10,7 @@ The update :math:`\Delta W\in\mathbb R^{o\times i}` is folded, row-major, into a
     \Delta\mathcal W(i_1,\dots,i_N)=\sum_{r_1,\dots,r_N}\mathcal G(r_1,\dots,r_N)\prod_n d^{(n)}(r_n)\,A^{(n)}(r_n,i_n),
 
 of which the core and the factors are random, frozen, and shared by all layers of one shape. Each layer trains the
-vectors :math:`d^{(n)}` between them, :math:`\sum_nR_n` numbers. As matrices (eq-tera-update):
+vectors :math:`d^{(n)}` between them, :math:`\sum_nR_n` parameters. As matrices (eq-tera-update):
 
 .. math::
     \Delta W = L\,\mathrm{diag}(u)\,G\,\mathrm{diag}(v)\,M,\qquad
@@ -29,7 +29,7 @@ argument          here                       paper                      shape
 ``d_right[n]``    :math:`d^{(n)}, n>k`       :math:`d^{(n)}`            ``(R_n,)``
 ================  =========================  =========================  ====================
 
-Reconstructed where the paper is silent (the first version was read; its appendix and code were not at hand):
+Reconstructed where the main text of the paper (first version) is silent:
 
 - the distribution of the bank: Gaussian, of variance :math:`1/R_n` for :math:`A^{(n)}` and :math:`1/\prod_{n>k}R_n` for
   the core, so that with all vectors one the entries of :math:`\Delta W` have the core's variance;
@@ -72,6 +72,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import integer, one_of
 from .core.adapter import Adapter
 from .core.layers import Layer
 from .core.modes import balanced
@@ -102,7 +103,15 @@ def multiply(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
 def update(
     core: Tensor, left: Sequence[Tensor], right: Sequence[Tensor], d_left: Sequence[Tensor], d_right: Sequence[Tensor]
 ) -> Tensor:
-    """The dense update, ``(o, i)``."""
+    """The dense update ``dW = L diag(u) G diag(v) M`` (eq-tera-update), ``(o, i)``.
+
+    Args:
+        core: G, ``(prod R, prod R)``.
+        left: factors of the output's modes, ``(R_n, I_n)`` each.
+        right: factors of the input's modes, ``(R_n, I_n)`` each.
+        d_left: trained vectors of the output's modes, ``(R_n,)`` each.
+        d_right: trained vectors of the input's modes, ``(R_n,)`` each.
+    """
     # eq-tera-update:  dW = L diag(u) G diag(v) M
     scaled = expand(d_left)[:, None] * core * expand(d_right)
     half = multiply(scaled, [factor.T for factor in right])  # (prod R, i): rows times M
@@ -165,7 +174,7 @@ class _Network(nn.Module):
         self, seed: int, left: Sequence[tuple[int, int]], right: Sequence[tuple[int, int]], factors: str, saved: bool
     ) -> None:
         super().__init__()
-        # Shapes do not share numbers. Torch's CPU generator reads 32 bits of a seed, so all goes into these.
+        # Shapes do not share entries. Torch's CPU generator reads 32 bits of a seed, so all goes into these.
         g = torch.Generator().manual_seed(zlib.crc32(repr((seed, tuple(left), tuple(right))).encode()))
         # Drawn on the CPU in float32, whatever the default device and type: the same on every machine.
         draw = functools.partial(torch.randn, generator=g, device="cpu", dtype=torch.float32)
@@ -195,9 +204,7 @@ class Bank:
     """
 
     def __init__(self, seed: int = 0) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
-            raise ValueError(f"seed: expected an integer in [0, 2^31), got {seed!r}")
-        self.seed = seed
+        self.seed = integer("seed", seed, 0, 2**31 - 1)
         self.networks: dict[tuple[Hashable, ...], _Network] = {}
 
     def network(
@@ -211,19 +218,19 @@ class Bank:
 
 
 class TeRA(Adapter):
-    """Trained vectors in a frozen network (eq-tera-update).
+    """Trained vectors u, v in a frozen network, ``dW = L diag(u) G diag(v) M`` (eq-tera-update).
 
     Args:
         base: the frozen layer.
-        out_modes, in_modes: how each side is split: into so many factors, as equal as they can be (a prime stays
-            whole), or into these. The default keeps the output whole and splits the input in two: in the paper it
-            hardly matters how one side is split, and accuracy falls when both are.
+        out_modes: how the output is split: into so many factors, as equal as they can be (a prime stays whole), or into
+            these (1: in the paper accuracy falls when both sides are split).
+        in_modes: how the input is split, likewise (2: in the paper it hardly matters how one side is split).
         r: largest ``R_n``; None: ``R_n = I_n``, the paper's advice.
         factors: "random", or "identity" for the paper's ablation, the core alone.
         seed: of the bank; None: that of ``bank``, or 0.
         save_bank: keep the bank in files too, once. It is large, and comes back from the seed unless torch's generator
             should change.
-        bank: that the layers share; never in a file by itself. None: one of its own, with the same numbers.
+        bank: that the layers share; never in a file by itself. None: one of its own, with the same entries.
 
     Raises:
         ValueError: modes that do not give the layer's size, a rank below one, unknown factors, or another seed than the
@@ -247,10 +254,9 @@ class TeRA(Adapter):
         super().__init__()
         left = _modes("out_modes", base.out_features, out_modes)
         right = _modes("in_modes", base.in_features, in_modes)
-        if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
-            raise ValueError(f"r: expected a positive integer or None, got {r!r}")
-        if factors not in FACTORS:
-            raise ValueError(f"factors: expected one of {FACTORS}, got {factors!r}")
+        if r is not None:
+            integer("r", r, 1)
+        one_of("factors", factors, FACTORS)
         if bank is not None and seed not in (None, bank.seed):
             raise ValueError(f"seed: expected that of the bank, {bank.seed}, or None, got {seed!r}")
         bank = bank or Bank(seed or 0)
@@ -284,7 +290,8 @@ class TeRA(Adapter):
         core, left, right = self.network.parts(self.d_left[0])
         o = base.out_features
         i = base.in_features
-        (P, Q), out, into = core.shape, *(sum(f.shape[1] for f in side) for side in (left, right))
+        P, Q = core.shape
+        out, into = (sum(f.shape[1] for f in side) for side in (left, right))
         return n * (P * (Q + out) + Q * into) >= P * Q * into + P * i * out + n * o * i
 
     def delta(self, base: Layer) -> tuple[Tensor, Tensor | None]:

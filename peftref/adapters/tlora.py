@@ -33,7 +33,7 @@ argument            here                  paper                  shape
 ``C[d]``            :math:`C^d`           :math:`\mathcal C^d`   ``(I_d, R', R')``
 ==================  ====================  =====================  ==========================
 
-Differs from the paper, whose code was not at hand:
+Differs from the paper:
 
 - **The start.** Proposition 1 of the paper (``init="paper"``, eq-tlora-start) sets every slice :math:`A^d[:,:,r,r']` to
   :math:`I/R`. Equal slices have equal gradients, so they stay equal for ever, and :math:`T` stays one Kronecker product
@@ -78,6 +78,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import integer, one_of
 from .core.adapter import Adapter
 from .core.layers import Layer
 from .core.modes import balanced
@@ -99,7 +100,10 @@ RESIDUALS = ("tr", "lora")
 
 
 def ring_matrix(cores: Sequence[Tensor]) -> Tensor:
-    """The dense matrix of a ring of cores ``(I_d, J_d, R, R)``: eq-tlora-ring, all entries at once.
+    """The dense matrix of a ring, ``T[i, j] = tr(A^1[i_1, j_1] ... A^D[i_D, j_D])`` (eq-tlora-ring).
+
+    Args:
+        cores: ``(I_d, J_d, R, R)`` each.
 
     >>> a, b = torch.randn(2, 3, 1, 1), torch.randn(4, 2, 1, 1)          # R = 1: a Kronecker product
     >>> torch.allclose(ring_matrix([a, b]), torch.kron(a[..., 0, 0], b[..., 0, 0]))
@@ -122,7 +126,7 @@ def transform(cores: Sequence[Tensor], x: Tensor) -> Tensor:
     that form ``T``; the factor 4 between the two is measured.
     """
     i = x.shape[-1]
-    (first, *rest) = cores
+    first, *rest = cores
     n = math.prod(x.shape[:-1])
     bonds = first.shape[-1] ** 2
     if not rest or i * (n + bonds) <= 4 * n * bonds * sum(core.shape[1] for core in cores):
@@ -168,7 +172,9 @@ def identity_penalty(cores: Sequence[Tensor]) -> Tensor:
 
 
 def orthogonal_penalty(cores: Sequence[Tensor]) -> Tensor:
-    """The same of ``T T^T``, whose cores are known: the paper's surrogate for the distance to an orthogonal ``T``."""
+    """The identity penalty of ``T T^T``, whose cores are known: the paper's surrogate for the distance to an orthogonal
+    ``T``.
+    """
     # eq-tlora-orthogonal:  the identity penalty of the product's cores, of rank R^2
     return identity_penalty(product(cores, cores))
 
@@ -176,7 +182,7 @@ def orthogonal_penalty(cores: Sequence[Tensor]) -> Tensor:
 def identity_distance(cores: Sequence[Tensor]) -> Tensor:
     """The squared distance of ``T`` to the identity, exactly and without forming ``T``.
 
-    It is a difference of large numbers: near the identity expect an error of ``i`` times the precision.
+    It is a difference of large terms: near the identity expect an error of ``i`` times the precision.
 
     >>> cores = [torch.randn(3, 3, 2, 2), torch.randn(4, 4, 2, 2)]
     >>> torch.allclose(identity_distance(cores), (ring_matrix(cores) - torch.eye(12)).square().sum())
@@ -200,8 +206,7 @@ def identity_cores(dims: Sequence[int], rank: int, init: str = "slot") -> list[T
             random with variance ``1 / I_d``, but for those that would leave (0, 0) and come back (D of three or more).
             "paper": every slice is ``I / R``; exact where R is a power of two.
     """
-    if init not in ("slot", "paper"):
-        raise ValueError(f"init: expected 'slot' or 'paper', got {init!r}")
+    one_of("init", init, INITS)
     eyes = [torch.eye(size)[..., None, None] for size in dims]
     if init == "paper":
         return [(eye / rank).repeat(1, 1, rank, rank) for eye in eyes]
@@ -217,15 +222,15 @@ def identity_cores(dims: Sequence[int], rank: int, init: str = "slot") -> list[T
 
 
 class TLoRA(Adapter):
-    """A tensor-ring transform and a residual (eq-tlora-update).
+    """A tensor-ring transform and a residual, ``dW = W (T - I) + Delta`` (eq-tlora-update).
 
     Args:
         base: the frozen layer.
-        transform_rank: R (2: our reading of the paper's TLoRA(2, 6)); 0 for a residual alone.
+        transform_rank: R (2: of the paper's TLoRA(2, 6)); 0 for a residual alone.
         residual_rank: R' (6), which allows ``R'^2`` ranks in a ring and R' in LoRA's form; 0 for a transform alone.
         order: D, the number of modes of either side of the layer, chosen as equal as they can be.
         init: "slot" (ours) or "paper", see :func:`identity_cores`.
-        residual: "tr" for a tensor ring, "lora" for two thin matrices (we take the paper's TLoRA* to be this).
+        residual: "tr" for a tensor ring, "lora" for two thin matrices (the paper's TLoRA*: its parameter counts agree).
 
     Raises:
         ValueError: an option that is not one of these; both ranks zero; or a number of inputs, such as a large prime,
@@ -250,20 +255,17 @@ class TLoRA(Adapter):
             ("residual_rank", residual_rank, 0),
             ("order", order, 1),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+            integer(name, value, least)
         if not transform_rank and not residual_rank:
             raise ValueError("transform_rank, residual_rank: expected one of them above 0, got 0 and 0")
-        if init not in INITS:
-            raise ValueError(f"init: expected one of {INITS}, got {init!r}")
-        if residual not in RESIDUALS:
-            raise ValueError(f"residual: expected one of {RESIDUALS}, got {residual!r}")
+        one_of("init", init, INITS)
+        one_of("residual", residual, RESIDUALS)
         o = base.out_features
         i = base.in_features
         dims = balanced(i, order)
         if order > 1 and i > 64 and transform_rank**2 * sum(d * d for d in dims) >= i * i:
             raise ValueError(
-                f"base: expected factors of in_features for which the transform has fewer numbers than a dense one, "
+                f"base: expected factors of in_features for which the transform has fewer parameters than a dense one, "
                 f"{i * i}, got {dims} at transform_rank={transform_rank}; order=1 is a dense one"
             )
         self.transform_rank = transform_rank

@@ -60,6 +60,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import integer, number, one_of
 from .core.adapter import Adapter
 from .core.layers import Layer
 from .core.phm import PHM, Rule
@@ -67,6 +68,7 @@ from .core.switch import Tasks, agreed_names
 
 __all__ = ["SHARING", "Stack", "VLAdapter", "affine", "bottleneck"]
 
+INITS = ("zero", "paper")
 SHARING = ("single", "multiple", "half-up", "half-down")  # "half-up": U is shared, each task has its D
 
 
@@ -86,13 +88,21 @@ def affine(h: Tensor, W: Tensor, b: Tensor) -> Tensor:
 
 
 def bottleneck(h: Tensor, D: Tensor, b: Tensor, U: Tensor, c: Tensor) -> Tensor:
-    r"""The increment :math:`U\phi(Dh+b)+c` to ``h``, whose last dimension is d (eq-vl_adapter-bottleneck)."""
+    """The increment ``f(h) = U gelu(D h + b) + c`` (eq-vl_adapter-bottleneck).
+
+    Args:
+        h: output of the sub-layer, ``(..., d)``.
+        D: ``(r, d)``, or one for each element of the batch.
+        b: ``(r,)``, likewise.
+        U: ``(d, r)``, likewise.
+        c: ``(d,)``, likewise.
+    """
     # eq-vl_adapter-bottleneck:  f(h) = U gelu(D h + b) + c
     return affine(F.gelu(affine(h, D, b), approximate="tanh"), U, c)
 
 
 class VLAdapter(Adapter):
-    """A bottleneck on the output of a sub-layer, with a sharing pattern over tasks.
+    """A bottleneck on the output of a sub-layer, ``f(h) = U gelu(D h + b) + c``, with a sharing pattern over tasks.
 
     Args:
         base: the frozen layer, with d outputs.
@@ -128,16 +138,12 @@ class VLAdapter(Adapter):
         rule: Rule | None = None,
     ) -> None:
         super().__init__()
-        if not (math.isfinite(reduction) and reduction > 0):
-            raise ValueError(f"reduction: expected a positive number, got {reduction!r}")
-        if sharing not in SHARING:
-            raise ValueError(f"sharing: expected one of {SHARING}, got {sharing!r}")
-        if isinstance(phm, bool) or not isinstance(phm, int) or phm < 1:
-            raise ValueError(f"phm: expected a positive integer, got {phm!r}")
+        number("reduction", reduction, 0, open_low=True)
+        one_of("sharing", sharing, SHARING)
+        integer("phm", phm, 1)
         if phm == 1 and (rank or rule is not None):
             raise ValueError(f"phm: expected 2 or more for a rank or a rule, got 1 with rank={rank}, rule={rule}")
-        if init not in ("zero", "paper"):
-            raise ValueError(f"init: expected 'zero' or 'paper', got {init!r}")
+        one_of("init", init, INITS)
         self.task_names = None if sharing == "single" else agreed_names(tasks, task_names)
         self.reduction = reduction
         self.sharing = sharing
@@ -149,18 +155,21 @@ class VLAdapter(Adapter):
         d = base.out_features
         r = max(1, int(d / reduction))
         zero = init == "zero"
-        self.down, self.up = (
-            Stack(len(self.tasks) if self.own[half] else 1, i, o, zero=zero and half == "up", zero_bias=zero)
-            if phm == 1
-            else PHM(len(self.tasks) if self.own[half] else 1, i, o, phm, rank, rule, zero=zero and half == "up")
-            for half, i, o in (("down", d, r), ("up", r, d))
-        )
+        copies = {half: len(self.tasks) if own else 1 for half, own in self.own.items()}
+        self.down: Stack | PHM
+        self.up: Stack | PHM
+        if phm == 1:
+            self.down = Stack(copies["down"], d, r, zero_bias=zero)
+            self.up = Stack(copies["up"], r, d, zero=zero, zero_bias=zero)
+        else:
+            self.down = PHM(copies["down"], d, r, phm, rank, rule)
+            self.up = PHM(copies["up"], r, d, phm, rank, rule, zero=zero)
 
     def forward(self, x: Tensor, y0: Tensor, base: Layer) -> Tensor:
         pick = self.tasks.pick
         one = self.tasks.one
-        (D, b) = self.down(one)
-        (U, c) = self.up(one)
+        D, b = self.down(one)
+        U, c = self.up(one)
         return bottleneck(y0, pick(D), pick(b), pick(U), pick(c))
 
     def subset(self, tasks: Tasks) -> VLAdapter:
@@ -170,7 +179,8 @@ class VLAdapter(Adapter):
             ValueError: a task that the adapter has no weights for.
         """
         names = tasks.names if self.task_names is None else self.task_names
-        if unknown := [name for name in tasks.names if name not in names]:
+        unknown = [name for name in tasks.names if name not in names]
+        if unknown:
             raise ValueError(f"tasks: expected some of {names}, got {unknown}")
         shared = [m for m in self.modules() if isinstance(m, Rule) and m.A.ndim == 3]
         new = copy.deepcopy(self, {id(self.tasks): tasks} | {id(rule): rule for rule in shared})
@@ -188,8 +198,10 @@ class Stack(nn.Module):
 
     Args:
         copies: T.
-        i, o: inputs and outputs of each.
-        zero, zero_bias: start at zero, or else as ``nn.Linear`` does.
+        i: inputs of each.
+        o: outputs of each.
+        zero: start the matrices at zero, or else as ``nn.Linear`` does.
+        zero_bias: start the biases at zero, likewise.
     """
 
     def __init__(self, copies: int, i: int, o: int, zero: bool = False, zero_bias: bool = True) -> None:

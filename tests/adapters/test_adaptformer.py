@@ -419,11 +419,11 @@ def test_dropout_is_for_training_alone_and_keeps_the_mean() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"bottleneck": 0}, "bottleneck: expected a positive integer, got 0"),
-        ({"bottleneck": True}, "bottleneck: expected a positive integer, got True"),
+        ({"bottleneck": 0}, "bottleneck: expected an integer >= 1, got 0"),
+        ({"bottleneck": True}, "bottleneck: expected an integer >= 1, got True"),
         ({"scale": float("inf")}, "scale: expected a finite number, got inf"),
         ({"dropout": 1.0}, r"dropout: expected a number in \[0, 1\), got 1.0"),
-        ({"placement": "before"}, "placement: expected 'parallel' or 'sequential', got 'before'"),
+        ({"placement": "before"}, "placement: expected one of \\['parallel', 'sequential'\\], got 'before'"),
         ({"tap": "ln_2"}, r"tap: expected a child of the block, one of \['norm1', .*\], got 'ln_2'"),
         ({"tap": "ls2"}, "tap: expected a normalisation or layers with a matrix, got a Identity"),
     ],

@@ -224,9 +224,9 @@ def test_dropout_is_for_training_alone_and_keeps_the_mean() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"r_par": -1}, "r_par: expected an integer of at least 0, got -1"),
-        ({"r_seq": 1.0}, "r_seq: expected an integer of at least 0, got 1.0"),
-        ({"r_par": True}, "r_par: expected an integer of at least 0, got True"),
+        ({"r_par": -1}, "r_par: expected an integer >= 0, got -1"),
+        ({"r_seq": 1.0}, "r_seq: expected an integer >= 0, got 1.0"),
+        ({"r_par": True}, "r_par: expected an integer >= 0, got True"),
         ({"r_par": 0, "r_seq": 0}, "r_par, r_seq: expected at least one branch, got ranks 0 and 0"),
         ({"scale": float("inf")}, "scale: expected a finite number, got inf"),
         ({"dropout": 1.0}, r"dropout: expected a number in \[0, 1\), got 1.0"),

@@ -94,9 +94,9 @@ def test_dropout_is_for_training_alone_and_keeps_the_mean() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"r": 0}, "r: expected a positive integer, got 0"),
-        ({"r": 2.0}, "r: expected a positive integer, got 2.0"),
-        ({"r": True}, "r: expected a positive integer, got True"),
+        ({"r": 0}, "r: expected an integer >= 1, got 0"),
+        ({"r": 2.0}, "r: expected an integer >= 1, got 2.0"),
+        ({"r": True}, "r: expected an integer >= 1, got True"),
         ({"lora_alpha": float("nan")}, "lora_alpha: expected a finite number, got nan"),
         ({"lora_dropout": 1.0}, r"lora_dropout: expected a number in \[0, 1\), got 1.0"),
         ({"lora_dropout": -0.1}, r"lora_dropout: expected a number in \[0, 1\), got -0.1"),

@@ -322,13 +322,13 @@ def test_sizes_that_do_not_split() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"transform_rank": -1}, "transform_rank: expected an integer of at least 0, got -1"),
-        ({"transform_rank": True}, "transform_rank: expected an integer of at least 0, got True"),
-        ({"residual_rank": 2.0}, "residual_rank: expected an integer of at least 0, got 2.0"),
-        ({"order": 0}, "order: expected an integer of at least 1, got 0"),
+        ({"transform_rank": -1}, "transform_rank: expected an integer >= 0, got -1"),
+        ({"transform_rank": True}, "transform_rank: expected an integer >= 0, got True"),
+        ({"residual_rank": 2.0}, "residual_rank: expected an integer >= 0, got 2.0"),
+        ({"order": 0}, "order: expected an integer >= 1, got 0"),
         ({"transform_rank": 0, "residual_rank": 0}, "expected one of them above 0, got 0 and 0"),
-        ({"init": "zero"}, r"init: expected one of \('slot', 'paper'\), got 'zero'"),
-        ({"residual": "tt"}, r"residual: expected one of \('tr', 'lora'\), got 'tt'"),
+        ({"init": "zero"}, r"init: expected one of \['slot', 'paper'\], got 'zero'"),
+        ({"residual": "tt"}, r"residual: expected one of \['tr', 'lora'\], got 'tt'"),
     ],
 )
 def test_bad_options_change_nothing(options: dict, said: str) -> None:

@@ -575,17 +575,17 @@ def test_a_task_must_be_chosen_and_fit_the_batch() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"reduction": 0}, "reduction: expected a positive number, got 0"),
-        ({"reduction": float("nan")}, "reduction: expected a positive number, got nan"),
+        ({"reduction": 0}, "reduction: expected a finite number > 0, got 0"),
+        ({"reduction": float("nan")}, "reduction: expected a finite number > 0, got nan"),
         ({"sharing": "half"}, "sharing: expected one of .*, got 'half'"),
         ({"sharing": "multiple"}, "tasks: expected a Tasks, from which the adapter reads the task, got None"),
-        ({"phm": 0}, "phm: expected a positive integer, got 0"),
-        ({"phm": True}, "phm: expected a positive integer, got True"),
+        ({"phm": 0}, "phm: expected an integer >= 1, got 0"),
+        ({"phm": True}, "phm: expected an integer >= 1, got True"),
         ({"phm": 3}, "n: expected a divisor of both sizes, 4 and 2, got 3"),
         ({"rank": 1}, "phm: expected 2 or more for a rank or a rule, got 1"),
         ({"phm": 2, "rank": -1}, "rank: expected a positive integer, or 0 for whole matrices, got -1"),
         ({"phm": 2, "rule": Rule(4)}, r"rule: expected one of shape \(2, 2, 2\), got \(4, 4, 4\)"),
-        ({"init": "random"}, "init: expected 'zero' or 'paper', got 'random'"),
+        ({"init": "random"}, "init: expected one of \\['zero', 'paper'\\], got 'random'"),
     ],
 )
 def test_bad_options_change_nothing(options: dict, said: str) -> None:
@@ -598,11 +598,11 @@ def test_bad_options_change_nothing(options: dict, said: str) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"d": 0}, "d: expected positive integers"),
-        ({"dim": 1.5}, "dim: expected positive integers"),
-        ({"p": 1}, r"p: expected an integer of at least 2 \(LayerNorm makes one number a zero\), got 1"),
-        ({"reduction": -1}, "reduction: expected a positive number, got -1"),
-        ({"init": "none"}, "init: expected 'zero' or 'paper', got 'none'"),
+        ({"d": 0}, "d: expected an integer >= 1, got 0"),
+        ({"dim": 1.5}, "dim: expected an integer >= 1, got 1.5"),
+        ({"p": 1}, r"p: expected an integer >= 2, got 1"),
+        ({"reduction": -1}, "reduction: expected a finite number > 0, got -1"),
+        ({"init": "none"}, "init: expected one of \\['zero', 'paper'\\], got 'none'"),
     ],
 )
 def test_bad_networks(options: dict, said: str) -> None:

@@ -50,21 +50,23 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ..._checks import integer, number, one_of
 from ..core.adapter import Adapter
 from ..core.layers import Layer
 from ..core.switch import Tasks, agreed_names
 from ..core.targets import find
-from ..vl_adapter import VLAdapter, bottleneck
+from ..vl_adapter import INITS, VLAdapter, bottleneck
 
 __all__ = ["HyperNet", "Hyperformer", "places"]
 
 
 class HyperNet(nn.Module):
-    """The network that writes adapters; give one object to all layers.
+    """The network that writes adapters, ``D = reshape(H_D e + h_D)`` with ``e = LN(MLP([z; l]))``; give one to all.
 
     Args:
         d: width of the adapted outputs, the same everywhere.
-        tasks, layers: T and L.
+        tasks: T.
+        layers: L.
         positions: adapters in a block.
         reduction: r is ``d / reduction``, rounded down, at least 1.
         p: dimension of the point, at least 2: the normalisation makes one number a constant (8: official scripts).
@@ -91,14 +93,11 @@ class HyperNet(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"d": d, "tasks": tasks, "layers": layers, "positions": positions, "dim": dim, "hidden": hidden}
-        if bad := {name: size for name, size in sizes.items() if not isinstance(size, int) or size < 1}:
-            raise ValueError(f"{', '.join(bad)}: expected positive integers, got {bad}")
-        if not isinstance(p, int) or p < 2:
-            raise ValueError(f"p: expected an integer of at least 2 (LayerNorm makes one number a zero), got {p!r}")
-        if not reduction > 0:
-            raise ValueError(f"reduction: expected a positive number, got {reduction!r}")
-        if init not in ("zero", "paper"):
-            raise ValueError(f"init: expected 'zero' or 'paper', got {init!r}")
+        for name, size in sizes.items():
+            integer(name, size, 1)
+        integer("p", p, 2)  # LayerNorm makes a single entry a zero
+        number("reduction", reduction, 0, open_low=True)
+        one_of("init", init, INITS)
         self.d = d
         self.reduction = reduction
         self.layers = layers
@@ -144,7 +143,8 @@ class Hyperformer(Adapter):
 
     Args:
         base: the frozen layer, with ``hyper.d`` outputs.
-        layer, position: of this adapter; :func:`places` finds them.
+        layer: of this adapter; :func:`places` finds it.
+        position: in the block; :func:`places` finds it.
         task_names: of a file, to be compared with ``tasks``; leave it out.
         tasks: the object that knows the task.
         hyper: the network.
@@ -212,9 +212,11 @@ def places(model: nn.Module, targets: str | Iterable[str]) -> dict[str, dict[str
         ValueError: a name without a number; or as in :func:`~peftref.adapters.core.targets.find`.
     """
     names = list(find(model, targets))
-    parts = {name: match for name in names if (match := re.fullmatch(r"(\D*)(\d+)(.*)", name))}
-    if bare := [name for name in names if name not in parts]:
-        raise ValueError(f"targets: expected layers in numbered blocks, got {bare}")
+    found = {name: re.fullmatch(r"(\D*)(\d+)(.*)", name) for name in names}
+    parts = {name: match for name, match in found.items() if match}
+    unnumbered = [name for name in names if name not in parts]
+    if unnumbered:
+        raise ValueError(f"targets: expected layers in numbered blocks, got {unnumbered}")
     numbers = sorted({int(match[2]) for match in parts.values()})
     around = list(dict.fromkeys((match[1], match[3]) for match in parts.values()))
     return {

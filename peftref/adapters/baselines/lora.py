@@ -49,7 +49,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter
+from ..._checks import integer, number
+from ..core.adapter import Adapter, PeftFormat
 from ..core.layers import Layer
 
 __all__ = ["LoRA", "scaling"]
@@ -65,7 +66,7 @@ def scaling(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
 
 
 class LoRA(Adapter):
-    """One low-rank update (eq-lora-update).
+    """One low-rank update, ``dW = s B A`` (eq-lora-update).
 
     Args:
         base: the frozen layer.
@@ -80,22 +81,22 @@ class LoRA(Adapter):
 
     kind = "lora"
     options = ("r", "lora_alpha", "lora_dropout", "use_rslora")
-    patterns = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
     # How A and B were first drawn says nothing about a finished adapter, unless drawing them changed the base too.
-    ignored = {
-        "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
-        "eva_config": ...,
-        "qalora_group_size": ...,
-    }
+    peft = PeftFormat(
+        patterns={"r": "rank_pattern", "lora_alpha": "alpha_pattern"},
+        ignored={
+            "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+            "eva_config": ...,
+            "qalora_group_size": ...,
+        },
+    )
 
     def __init__(
         self, base: Layer, r: int = 8, lora_alpha: float = 8, lora_dropout: float = 0.0, use_rslora: bool = False
     ) -> None:
         super().__init__()
-        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-            raise ValueError(f"r: expected a positive integer, got {r!r}")
-        if not math.isfinite(lora_alpha):
-            raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha!r}")
+        integer("r", r, 1)
+        number("lora_alpha", lora_alpha)
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"lora_dropout: expected a number in [0, 1), got {lora_dropout!r}")
         self.r = r
@@ -109,8 +110,8 @@ class LoRA(Adapter):
         self.lora_B = _Weight(torch.zeros(base.out_features, r, *ones))
 
     def forward(self, x: Tensor, y0: Tensor, base: Layer) -> Tensor:
-        A = self.lora_A.weight.flatten(1)
-        B = self.lora_B.weight.flatten(1)  # (r, i), (o, r)
+        A = self.lora_A.weight.flatten(1)  # (r, i)
+        B = self.lora_B.weight.flatten(1)  # (o, r)
         x = F.dropout(x, self.lora_dropout, self.training)
         # eq-lora-update:  dy = s (x A^T) B^T, scaled where it is thin
         return F.linear(self.scale * base.linear(x, A), B)

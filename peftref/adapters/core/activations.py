@@ -35,21 +35,26 @@ __all__ = ["input_rows", "record_inputs", "run", "shared_inputs", "token_mask"]
 
 @contextmanager
 def record_inputs(
-    model: nn.Module, layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
+    model: nn.Module, layers: Mapping[str, nn.Module], record: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """Within the block the model is in eval mode, and ``see(name, x)`` is told what each layer is about to get.
+    """Within the block the model is in eval mode, and ``record(name, x)`` is called with the input of each layer.
 
     After it, or an error in it, every training flag is what it was, module by module, and the hooks are gone.
+
+    Args:
+        model: runs within the block.
+        layers: name -> layer whose inputs are recorded.
+        record: gets the name and the input, before the layer runs.
     """
 
-    def tell(name: str) -> Callable[..., None]:
-        return lambda module, args, kwargs: see(name, args[0] if args else next(iter(kwargs.values())))
+    def hook_of(name: str) -> Callable[..., None]:
+        return lambda module, args, kwargs: record(name, args[0] if args else next(iter(kwargs.values())))
 
     flags = [(module, module.training) for module in model.modules()]
     hooks = []
     try:
         model.eval()
-        hooks += [layer.register_forward_pre_hook(tell(n), with_kwargs=True) for n, layer in layers.items()]
+        hooks += [layer.register_forward_pre_hook(hook_of(n), with_kwargs=True) for n, layer in layers.items()]
         with torch.no_grad():
             yield
     finally:
@@ -76,19 +81,19 @@ def shared_inputs(
 ) -> list[list[str]]:
     """One pass: the layers that get the very same tensors, and read them alike, such as queries, keys and values.
 
-    Compared is the tensor, not its numbers: a copy counts as another input. A layer that is not reached is alone.
+    Compared is the tensor, not its entries: a copy counts as another input. A layer that is not reached is alone.
     """
     # An address can be used again, so look whether what had it is still there.
     alive: dict[Hashable, tuple[weakref.ref[Tensor], int]] = {}
     calls: dict[str, list[int]] = {n: [] for n in layers}
 
-    def see(name: str, x: Tensor) -> None:
+    def record(name: str, x: Tensor) -> None:
         key = id(x), 0 if x.is_inference() else x._version, _reading(layers[name])
         if key not in alive or alive[key][0]() is not x:
             alive[key] = weakref.ref(x), sum(map(len, calls.values()))
         calls[name].append(alive[key][1])
 
-    with record_inputs(model, layers, see):
+    with record_inputs(model, layers, record):
         forward(model, batch)
     groups: dict[Any, list[str]] = {}
     for n, inputs in calls.items():
@@ -100,7 +105,7 @@ def input_rows(name: str, module: nn.Module, x: Tensor, mask: Tensor | None = No
     """The rows that a layer multiplies, ``(n, i)``, in float32 or wider; those of tokens where ``mask`` is true.
 
     Raises:
-        ValueError: numbers that are not finite, or a mask of another shape than the tokens; both name the layer.
+        ValueError: entries that are not finite, or a mask of another shape than the tokens; both name the layer.
     """
     found = view(module).rows(x.detach())  # (..., i)
     if mask is not None:

@@ -39,7 +39,8 @@ True
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -47,13 +48,34 @@ from torch import Tensor, nn
 
 from .layers import Layer
 
-__all__ = ["Adapter"]
+__all__ = ["Adapter", "PeftFormat"]
 
 KINDS: dict[str, type[Adapter]] = {}  # every method that has been imported, by its slug
 
 
+@dataclass(frozen=True)
+class PeftFormat:
+    """How PEFT's files hold a method that PEFT has too.
+
+    Attributes:
+        patterns: option -> PEFT's name for its values by layer.
+        ignored: options of PEFT -> the values (``...``: all) that do not change a finished adapter.
+        renamed: end of a tensor's name in older files -> its end now.
+        write: our options -> PEFT's, with ``peft_type``; by default they have the same names.
+        read: PEFT's configuration -> our options; by default those of the same names.
+    """
+
+    patterns: Mapping[str, str] = field(default_factory=dict)
+    ignored: Mapping[str, Any] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    write: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    read: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+
+
 class Adapter(nn.Module):
-    """Base class of all adapters. A new one must be the identity: its first ``forward`` returns zeros.
+    """Base class of all adapters, ``y = y0 + f(x, y0)``, and where f is linear ``f(x, y0) = x dW^T + db``.
+
+    A new one must be the identity: its first ``forward`` returns zeros.
 
     A subclass has ``__init__(self, base, **options)``, which keeps each option as an attribute of its name, and
 
@@ -73,9 +95,7 @@ class Adapter(nn.Module):
         mergeable: whether there is a ``delta``.
         any_module: sits on any module that returns a tensor, and uses no matrix.
         tap: of an adapter on a whole block, a child of the block: ``x`` is then what this child gets.
-        patterns: option -> PEFT's name for its values by layer, for a kind that PEFT knows.
-        ignored: options of PEFT -> the values (``...``: all) that do not change a finished adapter.
-        renamed: end of a tensor's name in older files -> its end now.
+        peft: of a method that PEFT has too, how its files differ from ours.
     """
 
     kind: ClassVar[str] = ""
@@ -83,9 +103,7 @@ class Adapter(nn.Module):
     mergeable: ClassVar[bool] = True
     any_module: ClassVar[bool] = False
     tap: str = ""
-    patterns: ClassVar[dict[str, str]] = {}
-    ignored: ClassVar[dict[str, Any]] = {}
-    renamed: ClassVar[dict[str, str]] = {}
+    peft: ClassVar[PeftFormat] = PeftFormat()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -94,16 +112,6 @@ class Adapter(nn.Module):
             this.whole = Adapter.whole  # of another increment, what was inherited is the wrong output
         if "kind" in vars(cls):
             KINDS[cls.kind] = cls
-
-    @classmethod
-    def to_peft(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """The options as a PEFT configuration names them, with ``peft_type``."""
-        return {"peft_type": cls.kind.upper(), **options}
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The options that a PEFT configuration holds."""
-        return {name: config[name] for name in cls.options if name in config}
 
     def delta(self, base: Layer) -> tuple[Tensor, Tensor | None]:
         """What the adapter adds to the weight ``(o, i)`` and to the bias ``(o,)``, where it is linear."""
@@ -114,6 +122,8 @@ class Adapter(nn.Module):
 
         For an update that has to be made as a matrix anyway. Asked for where it is alone on an ``nn.Linear`` without
         hooks, and input, weight and adapter are of one type and stay so, so that no sum is rounded too early.
+        A subclass with a ``forward`` of its own does not inherit it: what it inherited is the output with the parent's
+        increment, so the layer would answer with another method's update, and only where it goes this way.
         """
         return None
 

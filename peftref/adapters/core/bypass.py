@@ -47,7 +47,8 @@ def call_with_taps(
     taps_by_name = {n: _Tap(cast(nn.Module, module._modules[n]), n, inputs) for n in taps}
     twin.__dict__["_modules"] = {**module._modules, **taps_by_name}
     y = twin(x, *args, **kwargs)
-    if uncalled := [n for n in taps if n not in inputs]:
+    uncalled = [n for n in taps if n not in inputs]
+    if uncalled:
         raise RuntimeError(f"tap: expected a child that the {type(module).__name__} calls, got {', '.join(uncalled)}")
     return y, inputs
 

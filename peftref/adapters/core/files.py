@@ -76,13 +76,13 @@ def config(model: nn.Module, name: str = "default") -> dict[str, Any]:
     each = {n: {option: getattr(a, option) for option in kind.options} for n, a in found.items()}
     values = {option: [own[option] for own in each.values()] for option in kind.options}
     common = {option: max(of, key=of.count) for option, of in values.items()}
-    patterns: dict[str, dict[str, Any]] = {pattern: {} for pattern in kind.patterns.values()}
+    patterns: dict[str, dict[str, Any]] = {pattern: {} for pattern in kind.peft.patterns.values()}
     per_layer: dict[str, dict[str, Any]] = {}
     for n, own in each.items():
         for option in (o for o in kind.options if own[o] != common[o]):
-            if option in kind.patterns:
-                patterns[kind.patterns[option]]["^" + re.escape(n)] = own[option]
-            elif kind.patterns:
+            if option in kind.peft.patterns:
+                patterns[kind.peft.patterns[option]]["^" + re.escape(n)] = own[option]
+            elif kind.peft.patterns:
                 raise ValueError(f"{option}: expected one value for all layers, as in PEFT, got {own[option]} on {n}")
             else:
                 per_layer.setdefault(n, {})[option] = own[option]
@@ -90,10 +90,10 @@ def config(model: nn.Module, name: str = "default") -> dict[str, Any]:
     if list(find(model, targets, any_module=True)) != list(found):  # a name that ends another layer's: be exact
         targets = "|".join(map(re.escape, found))
     layers = find(model, targets, any_module=True).values()
-    layout: dict[str, Any] = {"fan_in_fan_out": _transposed(layers)} if kind.patterns else {}
+    layout: dict[str, Any] = {"fan_in_fan_out": _transposed(layers)} if kind.peft.patterns else {}
     if per_layer:
         layout["per_layer"] = per_layer
-    return {"target_modules": targets, "inference_mode": True, **kind.to_peft(common), **patterns, **layout}
+    return {"target_modules": targets, "inference_mode": True, **_written(kind, common), **patterns, **layout}
 
 
 def save(model: nn.Module, path: str | Path, name: str = "default") -> None:
@@ -102,7 +102,7 @@ def save(model: nn.Module, path: str | Path, name: str = "default") -> None:
     Raises:
         ValueError: no such adapter, or as in :func:`config`.
     """
-    _write(path, _tensors(adapters(model, name)), config(model, name))
+    write_files(path, _tensors(adapters(model, name)), config(model, name))
 
 
 def load(model: nn.Module, path: str | Path, name: str = "default", *, freeze: bool = True, **extra: Any) -> list[str]:
@@ -127,7 +127,7 @@ def load(model: nn.Module, path: str | Path, name: str = "default", *, freeze: b
     spec = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     kind = _kind(spec.get("peft_type"))
     _check_options(spec, kind)
-    options = kind.from_peft(spec)
+    options = _read(kind, spec)
     own = spec.get("per_layer") or {}
     targets = spec.get("target_modules")
     exclude = spec.get("exclude_modules") or ()
@@ -135,8 +135,9 @@ def load(model: nn.Module, path: str | Path, name: str = "default", *, freeze: b
     if spec.get("fan_in_fan_out") and not _transposed(layers.values()):
         raise ValueError("fan_in_fan_out: expected False for a model without Conv1D layers, got True")
     for n in layers:
-        for option, pattern in kind.patterns.items():
-            if (value := _by_pattern(spec.get(pattern) or {}, n)) is not None:
+        for option, pattern in kind.peft.patterns.items():
+            value = _by_pattern(spec.get(pattern) or {}, n)
+            if value is not None:
                 own.setdefault(n, {})[option] = value
     new = build(model, kind, targets, exclude=exclude, per_layer=own, **options, **extra)
     places = _tensors(new)
@@ -160,8 +161,14 @@ def load(model: nn.Module, path: str | Path, name: str = "default", *, freeze: b
     return list(new)
 
 
-def _write(path: str | Path, tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> None:
-    """The two files in PEFT's layout."""
+def write_files(path: str | Path, tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> None:
+    """Write the two files in PEFT's layout.
+
+    Args:
+        path: a folder, which is made if need be.
+        tensors: by PEFT's names.
+        spec: the configuration.
+    """
     folder = Path(path)
     text = json.dumps(spec, indent=2, sort_keys=True)
     kept = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}  # no views, no shared memory
@@ -184,7 +191,7 @@ def _tensors(found: Mapping[str, Adapter]) -> dict[str, Tensor]:
 
 def _now(key: str, kind: type[Adapter]) -> str:
     """Our name of a tensor that older files call otherwise."""
-    return next((key.removesuffix(old) + new for old, new in kind.renamed.items() if key.endswith(old)), key)
+    return next((key.removesuffix(old) + new for old, new in kind.peft.renamed.items() if key.endswith(old)), key)
 
 
 def _of_the_base(model: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
@@ -212,11 +219,25 @@ def _kind(peft_type: str | None) -> type[Adapter]:
 
 
 def _check_options(spec: Mapping[str, Any], kind: type[Adapter]) -> None:
-    read = {*NEUTRAL, *kind.options, *kind.patterns.values(), *kind.to_peft({}), "fan_in_fan_out"}
+    read = {*NEUTRAL, *kind.options, *kind.peft.patterns.values(), *_written(kind, {}), "fan_in_fan_out"}
     for option, value in spec.items():
-        allowed = kind.ignored.get(option, EMPTY)
+        allowed = kind.peft.ignored.get(option, EMPTY)
         if option not in read and allowed is not ... and value not in allowed:
             raise ValueError(f"{option}: expected one of {allowed}, the only ones implemented, got {value!r}")
+
+
+def _written(kind: type[Adapter], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as a PEFT configuration names them, with ``peft_type``."""
+    if kind.peft.write is not None:
+        return kind.peft.write(options)
+    return {"peft_type": kind.kind.upper(), **options}
+
+
+def _read(kind: type[Adapter], spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a PEFT configuration holds."""
+    if kind.peft.read is not None:
+        return kind.peft.read(spec)
+    return {name: spec[name] for name in kind.options if name in spec}
 
 
 def _by_pattern(pattern: Mapping[str, Any], name: str) -> Any:

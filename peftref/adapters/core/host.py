@@ -33,7 +33,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 class Host(nn.Module):
-    """Stands where a module stood, and holds it with any number of named adapters.
+    """Stands where a module stood, ``y = y0 + sum of f_a(x, y0)``, and holds it with any number of named adapters.
 
     Everything else that one may ask of it (``in_features``, ``weight``) is answered by the frozen module.
 
@@ -67,7 +67,8 @@ class Host(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = [] if self.merged else self._active()
-        if len(active) == 1 and (y := self._whole(active[0], x)) is not None:
+        y = self._whole(active[0], x) if len(active) == 1 else None
+        if y is not None:
             return y
         y0, inputs = call_with_taps(self.base_layer, [a.tap for a in active if a.tap], x, *args, **kwargs)
         if not active:

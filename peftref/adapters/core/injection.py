@@ -93,7 +93,8 @@ def build(
     _refuse_merged(_hosts(model))
     layers = find(model, targets, exclude, any_module=kind.any_module)
     own = dict(per_layer or {})
-    if unknown := [n for n in own if n not in layers]:
+    unknown = [n for n in own if n not in layers]
+    if unknown:
         raise ValueError(f"per_layer: expected names among {list(layers)}, got {unknown}")
     made: dict[str, Adapter] = {}
     for n, module in layers.items():
@@ -116,7 +117,8 @@ def install(model: nn.Module, new: Mapping[str, Adapter], name: str = "default",
         raise ValueError(f"name: expected a name without dots that is no attribute of a ModuleDict, got {name!r}")
     if not isinstance(new, Mapping) or not new or not all(isinstance(a, Adapter) for a in new.values()):
         raise TypeError(f"new: expected some adapters, by the layer they are for, got {new!r}")
-    if unknown := [n for n in new if n not in modules]:
+    unknown = [n for n in new if n not in modules]
+    if unknown:
         raise ValueError(f"new: expected names of layers of the model, got {unknown}")
     if any(name in host.adapters for host in hosts.values()):
         raise ValueError(f"name: expected a new one, got {name!r}, which the model has")
@@ -151,7 +153,8 @@ def activate(model: nn.Module, *names: str) -> None:
         RuntimeError: the model is merged.
     """
     hosts = _hosts(model)
-    if unknown := [n for n in names if n not in _names(hosts)]:
+    unknown = [n for n in names if n not in _names(hosts)]
+    if unknown:
         raise ValueError(f"names: expected some of {_names(hosts)}, got {unknown}")
     _refuse_merged(hosts)
     for host in hosts.values():
@@ -177,10 +180,12 @@ def merge(model: nn.Module) -> None:
     if not todo:
         raise ValueError(f"model: expected active adapters to merge, got none of {_names(hosts)}")
     for n, host in todo.items():
-        if fixed := [a for a in host.active if not host.adapters[a].mergeable]:
+        fixed = [a for a in host.active if not host.adapters[a].mergeable]
+        if fixed:
             raise TypeError(f"model: expected linear adapters, got {host.adapters[fixed[0]].kind} on {n}")
     folded = {n: host.fold() for n, host in todo.items()}
-    if broken := [n for n, both in folded.items() if not all(t is None or t.isfinite().all() for t in both)]:
+    broken = [n for n, both in folded.items() if not all(t is None or t.isfinite().all() for t in both)]
+    if broken:
         raise ValueError(f"model: expected finite merged weights, got others in {broken}")
     for n, host in todo.items():
         host.put(*folded[n])

@@ -15,7 +15,7 @@ layer               weight as it is kept             as the matrix ``(o, i)``   
 >>> from torch import nn
 >>> conv, x = nn.Conv2d(3, 5, 2), torch.randn(1, 3, 4, 4)
 >>> layer = view(conv)
->>> layer.weight.shape, layer.rows(x).shape                  # 3 x 3 places, windows of 3 * 2 * 2 numbers
+>>> layer.weight.shape, layer.rows(x).shape                  # 3 x 3 places, windows of 3 * 2 * 2 entries
 (torch.Size([5, 12]), torch.Size([1, 9, 12]))
 >>> y = layer.rows(x) @ layer.weight.T + layer.bias
 >>> torch.allclose(y, layer.to_rows(conv(x)), atol=1e-6)
@@ -43,9 +43,11 @@ class Layer:
         dtype: what the adapter computes in.
 
     Attributes:
-        in_features, out_features: ``i`` and ``o``.
-        window: the shape of one row of the weight as it is kept, with ``i`` numbers: ``(i,)`` or ``(c, h, w)``.
-        weight, bias: ``(o, i)`` and ``(o,)`` (or None), in ``dtype``, without a gradient.
+        in_features: ``i``.
+        out_features: ``o``.
+        window: the shape of one row of the weight as it is kept, with ``i`` entries: ``(i,)`` or ``(c, h, w)``.
+        weight: ``(o, i)``, in ``dtype``, without a gradient.
+        bias: ``(o,)`` or None, likewise.
     """
 
     in_features: int
@@ -150,7 +152,8 @@ def view(module: nn.Module, dtype: torch.dtype | None = None) -> Layer:
 
 def refusal(module: nn.Module) -> str | None:
     """Why the module cannot be seen as a matrix; None where it can."""
-    if (form := _form(module)) is None:
+    form = _form(module)
+    if form is None:
         own = isinstance(module, (nn.Linear, nn.Conv2d))
         return f"a {type(module).__name__}" + (", whose forward is its own," if own else "")
     weight = module._parameters.get("weight")
@@ -181,7 +184,8 @@ def width(child: nn.Module) -> int:
     (8, 8)
     """
     for m in child.modules():
-        if isinstance(size := getattr(m, "in_features", None), int):
+        size = getattr(m, "in_features", None)
+        if isinstance(size, int):
             return size
         weight = getattr(m, "weight", None)
         shape: tuple[int, ...] = getattr(m, "normalized_shape", ()) or (

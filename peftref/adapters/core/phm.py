@@ -9,7 +9,7 @@ For :math:`y = xW` with :math:`W\in\mathbb R^{i\times o}` and an :math:`n` that 
 .. math:: W=\sum_{k=1}^{n}A_k\otimes B_k,\quad A_k\in\mathbb R^{n\times n},\ B_k\in\mathbb R^{\frac in\times\frac on};
    \qquad B_k=s_kt_k,\ s_k\in\mathbb R^{\frac in\times\rho},\ t_k\in\mathbb R^{\rho\times\frac on}\ \text{(Compacter)} .
 
-That is :math:`n^3+io/n` numbers instead of :math:`io`, or :math:`n^3+\rho(i+o)`. With the input cut into :math:`n`
+That is :math:`n^3+io/n` parameters instead of :math:`io`, or :math:`n^3+\rho(i+o)`. With the input cut into :math:`n`
 rows, :math:`X\in\mathbb R^{n\times i/n}`, the product needs no :math:`W` (eq-vl_adapter-mixed):
 
 .. math:: xW=\sum_k\operatorname{vec}(A_k^\top XB_k) .
@@ -45,7 +45,9 @@ __all__ = ["PHM", "Rule", "phm_linear", "phm_weight"]
 
 
 def phm_weight(A: Tensor, B: Tensor) -> Tensor:
-    """The matrix ``(..., i, o)`` of eq-vl_adapter-phm, which pays as soon as a batch has more rows than ``n``."""
+    """The matrix ``W = sum_k A_k (x) B_k`` (eq-vl_adapter-phm), ``(..., i, o)``: pays as soon as a batch has more rows
+    than ``n``.
+    """
     # eq-vl_adapter-phm:  W[(a, i), (b, j)] = sum_k A_k[a, b] B_k[i, j]
     W = torch.einsum("...kab,...kij->...aibj", A, B)
     return W.flatten(-4, -3).flatten(-2)  # (..., n, i / n, n, o / n) -> (..., i, o)
@@ -79,7 +81,8 @@ class PHM(nn.Module):
 
     Args:
         copies: T, the matrices.
-        i, o: rows enter with ``i`` numbers and leave with ``o``.
+        i: inputs of a row.
+        o: outputs of a row.
         n: of the Kronecker products.
         rank: rho of Compacter's factors; 0 keeps each ``B_k`` whole.
         rule: shared matrices ``A``; by default every matrix has its own.

@@ -1,4 +1,4 @@
-r"""The directions in which rows of numbers vary most, found batch by batch.
+r"""The directions in which rows of a matrix vary most, found batch by batch.
 
 Two ways to the leading right singular vectors :math:`V` and singular values :math:`s` of centred rows
 :math:`X-\mathbf 1\mu^\top` that never are in memory together. :class:`Moments` sums their products (eq-eva-moments) and
@@ -30,8 +30,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "Spectrum", "absorb", "agreement"]
+from ..._checks import integer, one_of
 
+__all__ = ["Accumulator", "Moments", "Spectrum", "absorb", "agreement"]
+
+ROUTES = ("auto", "gram", "incremental", "lowrank")
+WIDE = 2048  # columns up to which the i x i scatter matrix is the cheapest way
 SEED = 42  # of the first guess of the approximate way, as in PEFT
 
 
@@ -71,11 +75,10 @@ def absorb(old: Spectrum | None, rows: Tensor, k: int, *, center: bool = True, l
         lowrank: instead of an exact SVD, orthogonal iteration from the old components, much cheaper for many inputs.
 
     Raises:
-        ValueError: no rows, rows of another width than those so far, or numbers that are not finite.
+        ValueError: no rows, rows of another width than those so far, or entries that are not finite.
     """
     _check(rows, len(old.mean) if old else None)
-    if not isinstance(k, int) or k < 1:
-        raise ValueError(f"k: expected a positive integer, got {k!r}")
+    integer("k", k, 1)
     n = len(rows)
     m = old.count if old else 0
     mean = rows.mean(0) if center else rows.new_zeros(rows.shape[1])
@@ -97,7 +100,7 @@ def absorb(old: Spectrum | None, rows: Tensor, k: int, *, center: bool = True, l
 
 
 class Moments:
-    """Sums over rows from which their exact spectrum follows; ``(i, i)`` numbers.
+    """Sums over rows from which their exact spectrum follows; an ``(i, i)`` matrix.
 
     Args:
         center: as in :func:`absorb`.
@@ -141,6 +144,71 @@ class Moments:
         return Spectrum(components.to(self.gram), singular.to(self.gram), mean, self.count, varying)
 
 
+class Accumulator:
+    """Rows on their way into a spectrum, by either way; batches with too few rows for ``k`` components are collected.
+
+    Args:
+        k: components to keep.
+        route: "gram" (:class:`Moments`), "incremental" (:func:`absorb`), "lowrank" (:func:`absorb`, approximate), or
+            "auto": "gram" up to 2048 columns, "lowrank" above.
+        center: as in :func:`absorb`.
+    """
+
+    def __init__(self, k: int, *, route: str = "auto", center: bool = True) -> None:
+        self.k = integer("k", k, 1)
+        self.route = one_of("route", route, ROUTES)
+        self.center = center
+        self.moments: Moments | None = None
+        self.state: Spectrum | None = None  # on the two routes of `absorb`
+        self.before: Spectrum | None = None
+        self.waiting: list[Tensor] = []
+
+    def update(self, rows: Tensor) -> None:
+        """Take ``(n, i)`` more rows in; none do no harm.
+
+        Args:
+            rows: real and finite.
+        """
+        if not len(rows):
+            return
+        route = self.route
+        if route == "auto":
+            route = "gram" if rows.shape[1] <= WIDE else "lowrank"
+        if route == "gram":
+            self.moments = self.moments or Moments(self.center)
+            self.moments.update(rows)
+            return
+        self.waiting.append(rows)
+        if self.state or sum(map(len, self.waiting)) >= self.k:
+            self._absorb(route == "lowrank")
+
+    def moved(self, r: int, tau: float, *, subspace: bool = False) -> bool:
+        """Whether the first ``r`` directions have moved in the last step: their :func:`agreement` is below ``tau``.
+
+        Args:
+            r: directions that count.
+            tau: similarity at which they rest.
+            subspace: as in :func:`agreement`.
+        """
+        if self.before is None or self.state is None:
+            return True
+        return agreement(self.state, self.before, r, subspace=subspace) < tau
+
+    def finish(self) -> Spectrum | None:
+        """The spectrum of all rows; None if there were none."""
+        if self.waiting:  # fewer rows in all than components were wanted
+            self._absorb(lowrank=False)
+        if self.moments and not self.state:
+            self.state = self.moments.spectrum(self.k)
+        return self.state
+
+    def _absorb(self, lowrank: bool) -> None:
+        new = torch.cat(self.waiting)
+        self.waiting = []
+        self.before = self.state
+        self.state = absorb(self.state, new, self.k, center=self.center, lowrank=lowrank)
+
+
 def agreement(new: Spectrum, old: Spectrum, r: int, *, subspace: bool = False) -> float:
     """How much the first ``r`` directions have stayed as they were (eq-eva-agreement): 1 if they have not moved.
 
@@ -169,7 +237,7 @@ def _iterate(stack: Tensor, k: int, old: Spectrum | None) -> tuple[Tensor, Tenso
 
 
 def _signed(components: Tensor) -> Tensor:
-    """Of each row the entry of largest size is made positive, so that one direction always has the same numbers."""
+    """Of each row the entry of largest size is made positive, so that one direction always has the same sign."""
     largest = components.gather(1, components.abs().argmax(1, keepdim=True))
     return components * torch.where(largest < 0, -1, 1)
 

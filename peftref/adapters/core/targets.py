@@ -43,12 +43,12 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
 def find(
     model: nn.Module, targets: str | Iterable[str], exclude: str | Iterable[str] = (), *, any_module: bool = False
 ) -> dict[str, nn.Module]:
-    """The modules meant by ``targets`` (as :func:`~peftref.adapters.core.injection.inject` takes them), by their first
-    names.
+    """The modules meant by ``targets``, by their first names.
 
     Args:
         model: any module, with adapters or without; of a host, the frozen module is given.
-        targets, exclude: names or ends of names, a regular expression for the whole name, or ``"all-linear"``.
+        targets: names or ends of names, a regular expression for the whole name, or ``"all-linear"``.
+        exclude: those to leave out, in the same ways.
         any_module: do not ask for a layer that can be seen as a matrix.
 
     Raises:
@@ -70,17 +70,13 @@ def find(
         listed = repr(some) if len(some) <= 8 else f"{some[:8]} and {len(some) - 8} more"
         raise ValueError(f"targets: expected names of layers, of which there are {listed}, got {targets!r}")
     for n, m in found.items():
-        if not any_module and (why := refusal(frozen_module(m))):
+        why = None if any_module else refusal(frozen_module(m))
+        if why:
             raise TypeError(
                 f"targets: expected a Linear, Conv2d or Conv1D, got {n}, {why}; name other targets or exclude it"
             )
-    of = {alias for m in found.values() for alias in aliases[id(m)]}
-    passed_over = {
-        f"{n} (in a {type(frozen_module(parent)).__name__})"
-        for prefix, parent in _walk(model)
-        for attr in bypassed(cast(Hashable, type(frozen_module(parent))))
-        if (n := f"{prefix}.{attr}" if prefix else attr) in of
-    }
+    wanted = {alias for m in found.values() for alias in aliases[id(m)]}
+    passed_over = {f"{n} (in a {parent})" for n, parent in _bypassed_children(model) if n in wanted}
     if passed_over:
         raise ValueError(
             f"targets: expected layers that are called, got {', '.join(sorted(passed_over))}, whose weights are used "
@@ -110,6 +106,14 @@ def matches(label: str, wanted: str | Iterable[str], model: nn.Module) -> Callab
     if not all(isinstance(end, str) for end in ends):
         raise TypeError(f"{label}: expected names of layers, or one regular expression, got {wanted!r}")
     return lambda n: any(n == end or n.endswith("." + end) for end in ends)
+
+
+def _bypassed_children(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Names of layers whose weights are used without a call, with the type of the module that does so."""
+    for prefix, parent in _walk(model):
+        kind = type(frozen_module(parent))
+        for attr in bypassed(cast(Hashable, kind)):
+            yield f"{prefix}.{attr}" if prefix else attr, kind.__name__
 
 
 def _walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:

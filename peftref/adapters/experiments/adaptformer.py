@@ -27,15 +27,7 @@ from .transfer import Task, fresh, full, probe, shifted
 __all__ = ["MINUTES", "NEEDS", "PRESETS", "RATES", "SCALES", "Straight", "entry", "run", "sweep"]
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {
-        "seeds": [0, 1],
-        "train": 64,
-        "test": 200,
-        "lrs": [1e-2],
-        "full_lrs": [1e-3],
-        "steps": 2,
-        "sgd_steps": 10,
-    },
+    "smoke": {"seeds": [0, 1], "train": 40, "test": 100, "lrs": [1e-2], "full_lrs": [1e-3], "steps": 1, "sgd_steps": 2},
     "cpu": {
         "seeds": [0, 1, 2],
         "train": 800,

@@ -31,7 +31,7 @@ from .transfer import LINEARS, adapt, shifted
 __all__ = ["MINUTES", "NEEDS", "PRESETS", "Guide", "Shuffled", "run"]
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {"seeds": [0, 1], "train": 64, "test": 200, "lrs": [1e-2], "steps": 2}
+    "smoke": {"seeds": [0, 1], "train": 40, "test": 100, "lrs": [1e-2], "steps": 1}
     | {"turned_lrs": [3e-2], "turned_steps": 3, "upright_steps": 5},
     "cpu": {
         "seeds": [0, 1, 2],
@@ -131,9 +131,8 @@ def run(
     """
     if large:
         return record_large(each, BIG, BIG_CLAIMS, data, **large)
-    seeds = settings["seeds"]
     task = cut_test(shifted("digits", settings["train"], settings["train"] // 4), settings["test"])
-    runs = compare_pieces(each, SMALL, task, seeds=seeds, lrs=settings["lrs"], steps=settings["steps"])
+    runs = compare_pieces(each, SMALL, task, seeds=settings["seeds"], lrs=settings["lrs"], steps=settings["steps"])
     chosen = runs.groupby("method").lr.first()
     parts = {
         name: each(f"parts of {name}", _parts_of_one, SMALL[name], task, chosen[name], settings["steps"])

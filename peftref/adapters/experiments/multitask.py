@@ -35,20 +35,10 @@ from ...data import Split
 from ...fitting import accuracy, best_rate, minimise
 from ..core.adapter import Adapter
 from ..core.layers import Layer
-from ..core.switch import Tasks
+from ..core.switch import Tasks, agreed_names
 from .transfer import TUNING_SEED, Task, fresh, trainable
 
-__all__ = [
-    "EVEN",
-    "SUBLAYERS",
-    "Heads",
-    "MultiRun",
-    "TaskToken",
-    "compare_sharing",
-    "conflict",
-    "learn",
-    "relabelled",
-]
+__all__ = ["EVEN", "SUBLAYERS", "Heads", "MultiRun", "TaskToken", "compare_sharing", "conflict", "learn", "relabelled"]
 
 SUBLAYERS = r"(.*\.)?blocks\.\d+\.(attn\.proj|mlp\.fc2)"  # where the paper puts adapters: after each sub-layer
 EVEN = (1, 0) * 5  # of the digits: is it even?
@@ -103,9 +93,7 @@ class TaskToken(Adapter):
     def __init__(self, base: Layer, task_names: Sequence[str] | None = None, *, tasks: Tasks) -> None:
         super().__init__()
         self.tasks = tasks
-        self.task_names = list(tasks.names)
-        if task_names is not None and list(task_names) != self.task_names:
-            raise ValueError(f"tasks: expected {list(task_names)}, got {self.task_names}")
+        self.task_names = agreed_names(tasks, task_names)
         self.token = nn.Parameter(torch.zeros(len(tasks), base.out_features))
 
     def forward(self, x: Tensor, y0: Tensor, base: Layer) -> Tensor:
@@ -124,7 +112,8 @@ class MultiRun:
         tasks: what to tell the task to.
         frozen: how many of the first blocks nothing was put into.
         losses: mean over the batch at each step, ``(steps,)``.
-        val, test: accuracies in %, by task.
+        val: accuracy on the validation images in %, by task.
+        test: accuracy on the test images in %, by task.
         val_loss: mean cross-entropy over tasks.
     """
 
@@ -158,7 +147,8 @@ def learn(
         suite: name -> task.
         lr: peak of the schedule.
         seed: of heads, adapters and batches; the global generator stays as it was.
-        steps, batch_size: of the training.
+        steps: updates.
+        batch_size: images of an update.
         common_head: one head for all tasks, which must have the same classes.
         start: makes another frozen network for a number of classes, with ``head`` and ``num_features``.
 
@@ -237,8 +227,8 @@ def conflict(run: MultiRun, suite: Mapping[str, Task], params: Sequence[Tensor] 
         suite: the tasks.
         params: with respect to which; by default to all that is trained but the heads.
     """
-    named = run.model.named_parameters()
-    chosen = [p for n, p in named if p.requires_grad and not n.startswith("head.")] if params is None else list(params)
+    body = [p for n, p in run.model.named_parameters() if p.requires_grad and not n.startswith("head.")]
+    chosen = body if params is None else list(params)
     rows = []
     for name, part in suite.items():
         run.tasks.use(name)
@@ -246,8 +236,7 @@ def conflict(run: MultiRun, suite: Mapping[str, Task], params: Sequence[Tensor] 
         loss = F.cross_entropy(logits, part.train.y + _first(run.model, run.tasks))
         gradients = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
         rows.append(F.normalize(torch.cat([g.flatten() for g in gradients]), dim=0))
-    stacked = torch.stack(rows)
-    return stacked @ stacked.T
+    return torch.stack(rows) @ torch.stack(rows).T
 
 
 def _first(model: nn.Module, tasks: Tasks) -> Tensor | int:
@@ -259,8 +248,8 @@ def _frozen(model: nn.Module) -> int:
     """Number of the first blocks that, with all before them, have nothing to train."""
     blocks = getattr(model, "blocks", ())
     busy = [i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters())]
-    after = ("blocks.", "norm.", "head.")
-    before = any(p.requires_grad for n, p in model.named_parameters() if not n.startswith(after))
+    named = model.named_parameters()
+    before = any(p.requires_grad for n, p in named if not n.startswith(("blocks.", "norm.", "head.")))
     return 0 if before else min(busy, default=len(blocks))
 
 

@@ -77,7 +77,8 @@ def shifted(name: str, n_train: int = 800, n_val: int = 200, seed: int = 0) -> T
         name: ``"digits"`` (handwritten digits), ``"rotated"`` or ``"inverted"`` (clothes turned by 90 degrees, or
             black on white). The network has seen the training images of the last two as they were, never the test
             images.
-        n_train, n_val: images drawn without replacement from the training images.
+        n_train: images to learn from, drawn without replacement from the training images.
+        n_val: images to choose by, drawn likewise.
         seed: of that draw.
 
     Raises:
@@ -126,7 +127,8 @@ class Run:
     Attributes:
         model: in eval mode.
         losses: training loss of each step, ``(steps,)``.
-        val, test: accuracies in %.
+        val: accuracy on the validation images in %.
+        test: accuracy on the test images in %.
         val_loss: mean cross-entropy on the validation images.
         seconds: per step.
     """

@@ -196,5 +196,4 @@ def _transformer(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     }
     suite = {name: cut_test(task, settings["vit_test"]) for name, task in suite.items()}
     methods = {"single": vl(LAST), "multiple": vl(LAST, sharing="multiple")}
-    runs = compare_sharing(methods, suite, lrs=(1e-2,), seeds=settings["seeds"], steps=settings["vit_steps"])
-    return records(runs)
+    return records(compare_sharing(methods, suite, lrs=(1e-2,), seeds=settings["seeds"], steps=settings["vit_steps"]))
