@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -42,17 +43,15 @@ def page(name: str) -> list[str]:
     path = reference.source(name)
     constants = reference.constants(path)
     known = {constant.name for constant in constants}
-    defined = [name for name in _in_order(path) if name not in known]
-    lines = [
-        f".. py:currentmodule:: {name}",
-        "",
-        ".. autosummary::",
-        "   :nosignatures:",
-        "",
-        *(f"   ~{name}.{one}" for one in defined),
-        "",
-    ]
-    lines = lines if defined else []
+    lines = [f".. py:currentmodule:: {name}", ""]
+    summaries = _summaries(path, known)
+    if summaries:
+        lines += [".. list-table::", "   :widths: 30 70", ""]
+    for one, summary in summaries.items():
+        text = [summary]
+        link_equations(None, "", one, None, None, text)
+        lines += [f"   * - :py:obj:`{one}`", f"     - {text[0]}"]
+    lines += [""]
     hidden = ", ".join([*HIDDEN, *sorted(known)])
     lines += [f".. automodule:: {name}", "   :members:", f"   :exclude-members: {hidden}", ""]
     if constants:
@@ -64,12 +63,14 @@ def page(name: str) -> list[str]:
     return lines
 
 
-def _in_order(path: Any) -> list[str]:
-    """The public names of a module, as the source has them."""
-    public = stubs.names(path)
-    body = ast.parse(path.read_text(encoding="utf-8")).body
-    names = [node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in public]
-    return list(dict.fromkeys(names))
+def _summaries(path: Path, leave_out: set[str]) -> dict[str, str]:
+    """Public functions and classes in the order of the source, each with the first paragraph of its docstring."""
+    public = set(stubs.names(path)) - leave_out
+    found = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in public:
+            found[node.name] = " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
+    return found
 
 
 def link_equations(app: Sphinx | None, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
@@ -78,14 +79,14 @@ def link_equations(app: Sphinx | None, what: str, name: str, thing: Any, options
     def linked(found: re.Match[str]) -> str:
         return ", ".join(f":eq:`{label}`" for label in re.findall(reference.EQUATION, found[0]))
 
-    escape_bars(lines)
+    escape_plain(lines)
     several = rf"\({reference.EQUATION}(?:, {reference.EQUATION})*\)"
     for i, line in enumerate(lines):
         lines[i] = re.sub(rf"{several}|(?<![`\w/-]){reference.EQUATION}(?![`\w-])", linked, line)
 
 
-def escape_bars(lines: list[str]) -> None:
-    """Let the bars of a formula in plain text, ``|u|^2``, stand for themselves; those in literals and maths do so."""
+def escape_plain(lines: list[str]) -> None:
+    """Let bars and underscores of a formula in plain text, ``|v_|^2``, stand for themselves; in literals they do so."""
     block = -1  # how far the head of a literal or a formula is indented, inside one
     for i, line in enumerate(lines):
         depth = len(line) - len(line.lstrip())
@@ -93,7 +94,9 @@ def escape_bars(lines: list[str]) -> None:
             block = -1
         if block < 0 and not re.match(r"\s*(\| |>>>|\.\.)", line):
             steps = re.split(r"(``.*?``|`.*?`)", line)
-            lines[i] = "".join(s if s.startswith("`") else re.sub(r"(?<!\\)\|", r"\\|", s) for s in steps)
+            lines[i] = "".join(
+                s if s.startswith("`") else re.sub(r"(?<!\\)\||(?<=\w)_(?!\w)", r"\\\g<0>", s) for s in steps
+            )
         if block < 0 and (line.strip().startswith(".. math::") or line.rstrip().endswith("::")):
             block = depth
 

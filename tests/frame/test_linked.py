@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ("Of eq-lame-update, twice.", "Of :eq:`eq-lame-update`, twice."),
         ("``eq-lame-update`` and :eq:`eq-lame-update`", "``eq-lame-update`` and :eq:`eq-lame-update`"),
         ("|u|^2, ``a | b``, :math:`|x|`", r"\|u\|^2, ``a | b``, :math:`|x|`"),
+        ("of v_{i} and coef_, not ``coef_`` or v_i", r"of v\_{i} and coef\_, not ``coef_`` or v_i"),
         (">>> a | b", ">>> a | b"),
     ],
 )
