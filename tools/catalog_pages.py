@@ -5,20 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from peftref.catalog import METHODS, PARTS, Part
-from tools import reference
+from tools import front, reference
 
 ARXIV = "https://arxiv.org/abs/"
-OVERVIEW = ("map", "results", "speed", "status", "beyond")
-REFERENCE = ("bibliography", "changelog")  # after the pages of the modules
+OVERVIEW = ("map", "results", "speed", "beyond")
+REFERENCE = ("bibliography", "changelog", "status")  # after the pages of the modules
 
 
 def rows(part: Part, book: str) -> list[str]:
-    """A Markdown table of one part; ``book`` leads from the page to the book's folder. Only ready methods are links."""
+    """A Markdown table of the ready methods of a part; ``book`` leads from the page to the book's folder."""
     lines = ["| Method | In one line, and the paper |", "|:--|:--|"]
     for method in METHODS:
-        if method.part == part.slug:
-            ready = method.status == "ready"
-            title = f"**[{method.title}]({book}{part.slug}/{method.slug}.ipynb)**" if ready else method.title
+        if method.part == part.slug and method.status == "ready":
+            title = f"**[{method.title}]({book}{part.slug}/{method.slug}.ipynb)**"
             lines.append(f"| {title} | {method.summary}. [{method.reference}]({ARXIV}{method.arxiv}) |")
     return lines
 
@@ -26,28 +25,33 @@ def rows(part: Part, book: str) -> list[str]:
 def count() -> str:
     """How many methods are ready, in words."""
     ready = sum(method.status == "ready" for method in METHODS)
-    return f"{ready} of {len(METHODS)} methods are ready: those in **bold**, which link to their chapter."
+    return f"{ready} of {len(METHODS)} methods are ready."
 
 
 def readme_table() -> str:
-    """The README's table: parts with a ready chapter in full, the others in one line each."""
-    ready = {method.part for method in METHODS if method.status == "ready"}
+    """The README's table: the ready methods by part, then the planned ones in one sentence."""
     lines = [count(), ""]
-    for part in (part for part in PARTS if part.slug in ready):
+    for part in _begun():
         lines += [f"### {part.title}: {part.adapts}", "", *rows(part, "book/"), ""]
-    lines += ["### Planned", "", "| Part | What adapts | Methods |", "|:--|:--|:--|"]
-    for part in (part for part in PARTS if part.slug not in ready):
-        titles = ", ".join(method.title for method in METHODS if method.part == part.slug)
-        lines.append(f"| {part.title} | {part.adapts} | {titles} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, front.planned()])
 
 
 def map_page() -> str:
-    """The book's map: a short table per part."""
-    lines = ["# Map of the book", "", f"What adapts, by which method. {count()} The others are planned.", ""]
-    for part in PARTS:
+    """The book's map: what each part adapts, a table of its methods; then the planned ones in a short list."""
+    lines = ["# Map of the book", "", f"What adapts, by which method. {count()}", ""]
+    for part in _begun():
         lines += [f"## {part.title}", "", f"*{part.adapts[0].upper() + part.adapts[1:]}.*", "", *rows(part, ""), ""]
-    return "\n".join(lines)
+    lines += ["## Planned", ""]
+    for part in PARTS:
+        titles = [method.title for method in METHODS if method.part == part.slug and method.status == "planned"]
+        if titles:
+            lines.append(f"- {part.title} ({part.adapts}): {', '.join(titles)}")
+    return "\n".join(lines) + "\n"
+
+
+def _begun() -> list[Part]:
+    ready = {method.part for method in METHODS if method.status == "ready"}
+    return [part for part in PARTS if part.slug in ready]
 
 
 def toc(root: Path) -> str:

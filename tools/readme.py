@@ -1,6 +1,6 @@
-"""Write what follows from other files: the README's table, the map and the table of contents from the catalogue, the
-README's picture from a chapter, a page of the reference for each public module, the pages of results, of speed and of
-the chapters' state from what was measured. A page of the reference whose module is gone is deleted.
+"""Write what follows from other files: the README's hero and table, the book's front page with its gallery, the map and
+the table of contents from the catalogue, a page of the reference for each public module, the pages of results, of speed
+and of the chapters' state from what was measured. A page of the reference whose module is gone is deleted.
 
 ``--check`` only says whether they are up to date.
 
@@ -9,48 +9,50 @@ Run as ``python -m tools.readme``.
 
 from __future__ import annotations
 
-import base64
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-import nbformat
-
 from peftref._replacing import replacing
-from tools import catalog_pages, pages, reference, speed, status
+from tools import catalog_pages, front, pages, reference, speed, status
 
 ROOT = Path(__file__).resolve().parents[1]
-PICTURE = ("book/tta/cotta.ipynb", "fig-cotta-result")  # the figure that the README shows
 START, STOP = "<!-- catalog:start -->", "<!-- catalog:end -->"
+HERO = front.PICTURE[0]
 
 
-def picture(root: Path = ROOT) -> bytes:
-    """The PNG of the figure that the README shows, as the executed chapter holds it.
+def filled(page: Path, content: Mapping[str, str]) -> bytes:
+    """The content of a page with new text between the markers of each name, ``<!-- name:start -->`` and ``end``.
 
     Raises:
-        ValueError: the chapter has no such figure among its outputs.
+        ValueError: the page does not have each marker once, in order.
     """
-    file, name = PICTURE
-    for cell in nbformat.read(root / file, as_version=4).cells:
-        if cell.metadata.get("mystnb", {}).get("figure", {}).get("name") == name:
-            for output in cell.get("outputs", []):
-                if "image/png" in output.get("data", {}):
-                    return base64.b64decode(output["data"]["image/png"])
-    raise ValueError(f"{file}: expected an executed cell with the figure {name!r}, found none")
+    text = page.read_text(encoding="utf-8")
+    for name, new in content.items():
+        start, stop = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        if text.count(start) != 1 or text.count(stop) != 1 or text.index(start) > text.index(stop):
+            raise ValueError(f"{page.name}: expected {start} and then {stop}, once each")
+        head, rest = text.split(start)
+        text = f"{head}{start}\n\n{new}\n\n{stop}{rest.split(stop)[1]}"
+    return text.encode()
 
 
 def wanted(root: Path = ROOT) -> dict[Path, bytes]:
     """The content that each generated file should have.
 
     Raises:
-        ValueError: the README does not have each marker once, in order.
+        ValueError: a page does not have each of its markers once, in order.
     """
-    readme = root / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    if text.count(START) != 1 or text.count(STOP) != 1 or text.index(START) > text.index(STOP):
-        raise ValueError(f"README.md: expected {START} and then {STOP}, once each")
-    head, rest = text.split(START)
-    table = f"{START}\n\n{catalog_pages.readme_table()}\n\n{STOP}"
-    files = {readme: (head + table + rest.split(STOP)[1]).encode()}
+    readme = {"catalog": catalog_pages.readme_table()}
+    intro = {"gallery": front.gallery(root)}
+    files: dict[Path, bytes] = front.thumbs(root)
+    if any(shown.name == front.PICTURE[1] for shown in front.figures(root / HERO)):  # else the old one stays
+        readme["hero"] = front.readme_hero(root)
+        intro["hero"] = front.book_hero(root)
+        files[root / "book/_static/readme.png"] = front.picture(root).png
+    files[root / "README.md"] = filled(root / "README.md", readme)
+    if (root / "book/intro.md").is_file():
+        files[root / "book/intro.md"] = filled(root / "book/intro.md", intro)
     files[root / "book/map.md"] = catalog_pages.map_page().encode()
     files |= {path: text.encode() for path, text in reference.pages(root).items()}
     files[root / "_toc.yml"] = catalog_pages.toc(root).encode()
@@ -58,8 +60,6 @@ def wanted(root: Path = ROOT) -> dict[Path, bytes]:
     files[root / "book/speed.md"] = speed.speed_page(root).encode()
     files[root / speed.CHART] = speed.chart(root)
     files[root / "book/status.md"] = status.status_page(root).encode()
-    if (root / PICTURE[0]).is_file():
-        files[root / "book/_static/readme.png"] = picture(root)
     return files
 
 
