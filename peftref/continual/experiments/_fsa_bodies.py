@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,13 @@ class World:
             self.body = pretrained("mnist5k")
             self.layers = None
 
+    def checksum(self) -> str:
+        """SHA-256 of all images that streams are drawn from, in 8 bits."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.val):
+            digest.update(split.x.numpy().tobytes())
+        return digest.hexdigest()
+
     def stream(self, arm: Arm, held_out: bool) -> tuple[Split, Split]:
         """Training and test images of an arm, labels in the order of arrival.
 
@@ -125,9 +133,9 @@ def learned(world: World, arm: Arm, held_out: bool = False) -> dict[str, Any]:
         world.body,
         train.x[now],
         train.y[now],
-        "full" if arm.kind == "batch" else arm.kind,
+        arm.kind,
         lr=arm.rate or 1.0,
-        statistics="batch" if arm.kind == "batch" else "source",
+        statistics="source",
         epochs=arm.epochs,
         batch_size=BATCH,
         layers=world.layers,
