@@ -9,12 +9,10 @@ import sys
 import sysconfig
 import venv
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import pytest
 
-from peftref.results import record
 from tests.frame import _wheel as wheels
 from tools import chapters
 
@@ -93,19 +91,6 @@ def test_what_would_need_it_is_noticed(cell: str) -> None:
 )  # fmt: skip
 def test_what_does_not_is_allowed(cell: str) -> None:
     assert not problems(cell)
-
-
-def test_results_without_their_folder_are_only_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``../_results`` is not there: nothing to compare with, nothing to write, whether asked to or not."""
-    alone = tmp_path / "downloads"
-    alone.mkdir()
-    monkeypatch.chdir(alone)
-    row: dict[str, Any] = {"claim": "a", "paper": 5.0, "ours": 7.0, "interval": 0.5, "seeds": 3, "status": "close"}
-    for wish in ("", "1"):
-        monkeypatch.setenv("PEFTREF_RECORD", wish)
-        for ours in (7.0, 99.0):
-            assert record("lame", [row | {"ours": ours}]).ours.tolist() == [ours]
-    assert [*tmp_path.rglob("*")] == [alone]
 
 
 @pytest.fixture(scope="module")

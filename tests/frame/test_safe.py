@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from peftref import results
+from peftref import recording
 from peftref._replacing import replace_text, replacing
 from peftref.adapters import hydra
 from peftref.adapters.baselines import lora
@@ -25,6 +25,7 @@ from peftref.adapters.core import files
 from peftref.adapters.core.injection import inject
 from peftref.merging.baselines import arithmetic
 from peftref.merging.core import checkpoints, quantise
+from peftref.results import finding
 from tools import chapters, mutants, readme
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,12 +110,12 @@ def notebook(folder: Path) -> Path:
 
 
 def record(folder: Path) -> None:
-    row = {"claim": "a", "paper": 1.0, "ours": 1.0, "interval": 0.1, "seeds": 3, "status": "close"}
-    os.environ["PEFTREF_RECORD"] = "1"
-    try:
-        results.record("toy", [row], folder)
-    finally:
-        del os.environ["PEFTREF_RECORD"]
+    rows = [finding("a", [1.0, 2.0], where="Table 1", unit="points")]
+    run = mock.Mock(return_value={"rows": rows})
+    toy = mock.Mock(PRESETS={"smoke": {}}, MINUTES={"smoke": 1.0}, run=run)
+    stands_in = {"experiment": lambda name: toy, "lacking": lambda *given: None, "stamp": lambda *given: ""}
+    with mock.patch.multiple(recording, **stands_in):
+        recording.record("toys/toy", "smoke", folder=folder, write=True)
 
 
 def pages(folder: Path) -> None:
@@ -128,7 +129,7 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "peftref.merging.core.quantise.save": lambda folder: quantise.quantise({"w": torch.randn(4, 4)}, 16).save(
         folder / "codes.safetensors"
     ),
-    "peftref.results.record": record,
+    "peftref.recording.record": record,
     "tools.chapters.note": lambda folder: chapters.note(notebook(folder), {"seconds": 1}, folder),
     "tools.readme.main": pages,
 }
