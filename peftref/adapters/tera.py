@@ -204,7 +204,9 @@ class Bank:
     """
 
     def __init__(self, seed: int = 0) -> None:
-        self.seed = integer("seed", seed, 0, 2**31 - 1)
+        if integer("seed", seed, 0) >= 2**31:
+            raise ValueError(f"seed: expected an integer in [0, 2^31), got {seed!r}")
+        self.seed = seed
         self.networks: dict[tuple[Hashable, ...], _Network] = {}
 
     def network(

@@ -69,7 +69,7 @@ def test_token_tells_the_task(tmp_path) -> None:
     tasks.use(["b", "a"])
     assert_close(net.patch_embed.proj(x), before + token[[1, 0]][:, :, None, None])
     save(net, tmp_path)
-    with pytest.raises(ValueError, match=r"tasks: expected those that the weights were made for, \['a', 'b'\], got \['b', 'a'\]"):
+    with pytest.raises(ValueError, match=r"tasks: expected those .* made for, \['a', 'b'\], got \['b', 'a'\]"):
         load(fresh(), tmp_path, tasks=Tasks(["b", "a"]))
     load(fresh(), tmp_path, tasks=tasks)
 
