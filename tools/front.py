@@ -73,7 +73,10 @@ def sentence(root: Path = ROOT) -> str:
     source, ours = row["level"].values()
     kinds = ", ".join(kind.replace("_", " ") for kind, _ in found.protocol["domains"])
     gain = f"{row['ours']:.1f} points, 95 % interval {row['low']:.1f} to {row['high']:.1f}, {row['seeds']} seeds"
-    return f"Over four kinds of photographs ({kinds}) LAME lowers the error from {source:.1f} to {ours:.1f} % ({gain})."
+    count = len(found.protocol["domains"])
+    return (
+        f"Over {count} kinds of photographs ({kinds}) LAME lowers the error from {source:.1f} to {ours:.1f} % ({gain})."
+    )
 
 
 def readme_hero(root: Path = ROOT) -> str:
