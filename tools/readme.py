@@ -55,11 +55,12 @@ def wanted(root: Path = ROOT) -> dict[Path, bytes]:
         files[root / "book/intro.md"] = filled(root / "book/intro.md", intro)
     files[root / "book/map.md"] = catalog_pages.map_page().encode()
     files |= {path: text.encode() for path, text in reference.pages(root).items()}
-    files[root / "_toc.yml"] = catalog_pages.toc(root).encode()
+    toc = catalog_pages.toc(root)
+    files[root / "_toc.yml"] = toc.encode()
     files[root / "book/results.md"] = pages.results_page(root).encode()
     files[root / "book/speed.md"] = speed.speed_page(root).encode()
     files[root / speed.CHART] = speed.chart(root)
-    files[root / "book/status.md"] = status.status_page(root).encode()
+    files[root / "book/status.md"] = status.status_page(root, toc).encode()
     return files
 
 

@@ -25,11 +25,17 @@ into a copy of the package, and some test must fail. Of {total}, {killed} were n
 """
 
 
-def status_page(root: Path = ROOT) -> str:
-    """What the last recorded execution of each chapter took, in the order of the book."""
+def status_page(root: Path = ROOT, toc: str | None = None) -> str:
+    """What the last recorded execution of each chapter took, in the order of the book.
+
+    Args:
+        root: of the tree.
+        toc: the table of contents, if it is not that of the file.
+    """
     file = root / "book/_results/status.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    names = re.findall(r"file: book/(\S+)", (root / "_toc.yml").read_text(encoding="utf-8"))
+    text = (root / "_toc.yml").read_text(encoding="utf-8") if toc is None else toc
+    names = re.findall(r"file: book/(\S+)", text)
     names = [name for name in names if (root / f"book/{name}.ipynb").is_file()]
     seconds = [known[name]["seconds"] for name in names if name in known]
     total = f"{len(seconds)} of {len(names)} chapters are recorded; together they took {sum(seconds)} s."
