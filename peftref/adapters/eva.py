@@ -48,27 +48,26 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._checks import integer, number, one_of
 from .baselines.lora import LoRA
 from .core.activations import input_rows, record_inputs, run, shared_inputs, token_mask
 from .core.injection import build, install
 from .core.layers import view
-from .core.spectra import Moments, Spectrum, absorb, agreement
+from .core.spectra import ROUTES, Accumulator, Spectrum
 from .core.targets import find
 
 __all__ = ["Directions", "collect", "inject_eva", "redistribute", "start"]
 
-ROUTES = ("auto", "gram", "incremental", "lowrank")
-WIDE = 2048  # inputs up to which the i x i scatter matrix is the cheapest way
-
 
 def redistribute(ratios: Mapping[str, Tensor], budget: int) -> dict[str, int]:
-    """Deal ``budget`` ranks out to layers (eq-eva-ranks): how many of its ratios are among the largest of all.
+    """Deal ranks out: r_l = how many ratios of layer l are among the ``budget`` largest of all layers (eq-eva-ranks).
 
     A layer with a flat spectrum gets more than one whose first component explains everything. Of equal ratios the
     layer named first is served first.
@@ -80,8 +79,7 @@ def redistribute(ratios: Mapping[str, Tensor], budget: int) -> dict[str, int]:
     Raises:
         ValueError: no layers, ratios that are no vectors, or a negative budget.
     """
-    if not isinstance(budget, int) or budget < 0:
-        raise ValueError(f"budget: expected an integer from 0 on, got {budget!r}")
+    integer("budget", budget, 0)
     if not ratios or any(xi.ndim != 1 for xi in ratios.values()):
         raise ValueError(f"ratios: expected (k,) for each layer, got {[tuple(xi.shape) for xi in ratios.values()]}")
     owner = [name for name, xi in ratios.items() for _ in xi]
@@ -94,9 +92,20 @@ def redistribute(ratios: Mapping[str, Tensor], budget: int) -> dict[str, int]:
 
 
 def start(spectrum: Spectrum, r: int, *, whiten: bool = False) -> Tensor:
-    r"""The first ``A``, ``(r, i)``, a new tensor (eq-eva-start); whitened, row j is divided by :math:`\sqrt{s_j}`."""
-    if not isinstance(r, int) or not 0 <= r <= len(spectrum.components):
-        raise ValueError(f"r: expected an integer from 0 to {len(spectrum.components)}, got {r!r}")
+    """The first ``A``, ``(r, i)``: A = V_:r, the leading right singular vectors of the layer's inputs (eq-eva-start).
+
+    Args:
+        spectrum: of the inputs.
+        r: rows of ``A``.
+        whiten: divide row j by the root of the singular value s_j.
+
+    Returns:
+        A new tensor.
+
+    Raises:
+        ValueError: more rows than the spectrum has components.
+    """
+    integer("r", r, 0, len(spectrum.components))
     # eq-eva-start:  A = V_:r, whitened diag(s_:r)^(-1/2) V_:r
     A = spectrum.components[:r].clone()
     if whiten and r and spectrum.singular[0] > 0:
@@ -107,7 +116,7 @@ def start(spectrum: Spectrum, r: int, *, whiten: bool = False) -> Tensor:
 
 @dataclass(frozen=True)
 class Directions:
-    """What :func:`collect` found.
+    """What :func:`collect` found: for each layer V and s of its inputs, and its rank r_l.
 
     Attributes:
         spectra: by layer; layers with the same input share one object.
@@ -140,24 +149,28 @@ def collect(
     mask: Callable[[Any], Tensor | None] | None = token_mask,
     forward: Callable[[nn.Module, Any], object] = run,
 ) -> Directions:
-    """Run some batches through the model in eval mode, and find the directions and ranks of its layers' inputs.
+    """Find the directions V of the layers' inputs (X - mean = U diag(s) V), and the layers' ranks, on some batches.
 
-    The model is left as it was, after an error too. Adapters that it has take part if they are active. Which layers
-    share an input is seen on the first batch, which is passed through once more.
+    The batches pass through the model in eval mode and without gradients. The model is left as it was, after an error
+    too. Adapters that it has take part if they are active. Which layers share an input is seen on the first batch,
+    which is passed through once more.
 
     Args:
         model: any module.
-        targets, exclude: as in :func:`~peftref.adapters.core.injection.inject`.
+        targets: layers, as in :func:`~peftref.adapters.core.injection.inject`.
         batches: of the new task, such as a ``DataLoader``; of a kind that ``forward`` can run. Passed through once.
         r: ranks a layer gets on average (8: PEFT's default).
         rho: no layer gets more than ``rho * r`` (2: PEFT's default); 1 gives each ``r``.
+        exclude: layers that are left out, as in :func:`~peftref.adapters.core.injection.inject`.
         max_batches: of them to look at (64: ours).
         route: "gram" (exact, an ``(i, i)`` matrix for each input), "incremental" (the paper's, exact SVD of each step),
             "lowrank" (approximate, as PEFT's), or "auto": "gram" up to 2048 inputs, "lowrank" above.
-        center: as in :func:`~peftref.adapters.core.spectra.absorb`.
+        center: decompose the inputs' deviations from their mean (True: the authors' code and PEFT); False: the inputs
+            themselves (the paper's text). Where inputs have a large mean, most of the gradient may lie along it.
         tau: a layer on an incremental route rests as long as its :func:`~peftref.adapters.core.spectra.agreement` is
             this high, and collecting ends when all rest (0.99: PEFT's default).
-        subspace: as in :func:`~peftref.adapters.core.spectra.agreement`.
+        subspace: compare spaces instead of single directions, as in
+            :func:`~peftref.adapters.core.spectra.agreement`.
         mask: batch -> which tokens count (True), in the shape of all layers' inputs but the last axis; None for all.
         forward: runs the model on a batch, ``forward(model, batch)``.
 
@@ -166,39 +179,43 @@ def collect(
         ValueError: an option outside its range, no batches, a layer that no batch reaches, inputs that are not finite,
             or a mask that does not fit a layer's input.
     """
-    _check(r, rho, tau, max_batches, route)
+    integer("r", r, 1)
+    number("rho", rho, 1)
+    number("tau", tau, 0, 1)
+    integer("max_batches", max_batches, 1)
+    one_of("route", route, ROUTES)
     layers = find(model, targets, exclude)
     k = {n: min(round(rho * r), view(module).in_features) for n, module in layers.items()}
     budget = sum(min(r, most) for most in k.values())
-    groups: list[_Input] = []
+    groups: dict[str, list[str]] = {}  # first of the layers with one input -> all of them
+    inputs: dict[str, Accumulator] = {}  # first -> what has gone in
     dealt: dict[str, int] = {}
     seen = 0
     for batch in islice(batches, max_batches):
         if not groups:
-            shared = shared_inputs(model, layers, batch, forward)
-            groups = [_Input(names, k[names[0]], route, center) for names in shared]
-        awake = {group.leader: group for group in groups if group.moving(dealt, tau, subspace)}
+            groups = {names[0]: names for names in shared_inputs(model, layers, batch, forward)}
+            inputs = {n: Accumulator(k[n], route=route, center=center) for n in groups}
+        awake = _moving(inputs, groups, dealt, tau, subspace)
         if not awake:
             break
-        mark = None if mask is None else mask(batch)
-
-        def see(name: str, x: Tensor, awake: dict[str, _Input] = awake, mark: Tensor | None = mark) -> None:
-            with torch.autocast(x.device.type, enabled=False):  # products of bfloat16 are too coarse
-                awake[name].take(input_rows(name, layers[name], x, mark))
-
-        with record_inputs(model, {n: layers[n] for n in awake}, see):
+        take = partial(_take, inputs, layers, None if mask is None else mask(batch))
+        with record_inputs(model, {n: layers[n] for n in awake}, take):
             forward(model, batch)
         seen += 1
-        if all(group.state for group in groups):  # on an incremental route, and beyond the first rows
-            dealt = redistribute({n: g.state.ratio for n, g in _by_layer(groups, layers) if g.state}, budget)
+        states = {n: found.state for n, found in inputs.items() if found.state}
+        if len(states) == len(inputs):  # on an incremental route, and beyond the first rows
+            dealt = redistribute({n: s.ratio for n, s in _by_layer(states, groups, layers).items()}, budget)
     if not seen:
         raise ValueError("batches: expected at least one, got none")
-    if unseen := [n for group in groups for n in group.members if not group.finish()]:
+    found = {n: accumulator.finish() for n, accumulator in inputs.items()}
+    spectra = _by_layer({n: spectrum for n, spectrum in found.items() if spectrum}, groups, layers)
+    unseen = [n for n in layers if n not in spectra]
+    if unseen:
         raise ValueError(f"targets: expected layers that the batches reach, got none for {unseen}; exclude them")
-    spectra = {n: group.state for n, group in _by_layer(groups, layers) if group.state}
     dealt = redistribute({n: spectrum.ratio for n, spectrum in spectra.items()}, budget)
-    moving = [n for n, g in _by_layer(groups, layers) if not g.moments and g.moving(dealt, tau, subspace)]
-    return Directions(spectra, dealt, r, seen, moving)
+    incremental = {n: accumulator for n, accumulator in inputs.items() if not accumulator.moments}
+    moving = [n for leader in _moving(incremental, groups, dealt, tau, subspace) for n in groups[leader]]
+    return Directions(spectra, dealt, r, seen, [n for n in layers if n in moving])
 
 
 def inject_eva(
@@ -213,9 +230,10 @@ def inject_eva(
     freeze: bool = True,
     **options: Any,
 ) -> list[str]:
-    """Put :class:`~peftref.adapters.baselines.lora.LoRA` with EVA's directions and ranks into the model, in place.
+    """Put LoRAs that start from A_l = V_:r_l, B_l = 0 into the model, in place; scale alpha_l / r_l = alpha / r.
 
-    Make the optimizer afterwards. A file of the adapter is LoRA's, with ``rank_pattern`` and ``alpha_pattern``.
+    They are :class:`~peftref.adapters.baselines.lora.LoRA` with EVA's directions and ranks. Make the optimizer
+    afterwards. A file of the adapter is LoRA's, with ``rank_pattern`` and ``alpha_pattern``.
 
     Args:
         model: the one that was looked at, or its equal.
@@ -223,7 +241,10 @@ def inject_eva(
         ranks: by layer, instead of those found.
         whiten: as in :func:`start` (False: PEFT's default; said to help in vision).
         adjust: scale ``lora_alpha`` with a layer's rank, so that all updates keep one scale (True: PEFT's default).
-        lora_alpha, name, freeze, options: as of LoRA and :func:`~peftref.adapters.core.injection.inject`.
+        lora_alpha: :math:`\\alpha` of LoRA, for a layer of rank ``r``.
+        name: of the adapter, as in :func:`~peftref.adapters.core.injection.inject`.
+        freeze: stop training what is in the model, as in :func:`~peftref.adapters.core.injection.inject`.
+        options: further arguments of LoRA.
 
     Returns:
         The full names of the adapted layers; those of rank 0 are left out.
@@ -234,17 +255,16 @@ def inject_eva(
     """
     ranks = dict(found.ranks if ranks is None else ranks)
     most = {n: len(s.components) for n, s in found.spectra.items()}
-    if wrong := {n: q for n, q in ranks.items() if not 0 <= q <= most.get(n, -1)}:
+    wrong = {n: q for n, q in ranks.items() if not 0 <= q <= most.get(n, -1)}
+    if wrong:
         raise ValueError(f"ranks: expected at most {most}, and at least 0, got {wrong}")
     ranks = {n: q for n, q in ranks.items() if q}
     if not ranks:
         raise ValueError("ranks: expected at least one layer with a rank above 0, got none")
     power = 0.5 if options.get("use_rslora") else 1.0
     # eq-eva-alpha:  alpha_l = alpha r_l / r, so that alpha_l / r_l is the same everywhere
-    own = {
-        n: {"r": q, "lora_alpha": lora_alpha * (q / found.r) ** power if adjust else lora_alpha}
-        for n, q in ranks.items()
-    }
+    scaled = {n: lora_alpha * (q / found.r) ** power if adjust else lora_alpha for n, q in ranks.items()}
+    own = {n: {"r": q, "lora_alpha": scaled[n]} for n, q in ranks.items()}
     new = build(model, LoRA, "|".join(map(re.escape, ranks)), per_layer=own, **options)
     for n, adapter in new.items():
         A = adapter.get_parameter("lora_A.weight")
@@ -253,66 +273,31 @@ def inject_eva(
     return list(new)
 
 
-def _by_layer(groups: list[_Input], layers: Iterable[str]) -> list[tuple[str, _Input]]:
-    """Each layer with its input, in the model's order."""
-    of = {n: group for group in groups for n in group.members}
-    return [(n, of[n]) for n in layers]
+def _take(
+    inputs: Mapping[str, Accumulator], layers: Mapping[str, nn.Module], mask: Tensor | None, name: str, x: Tensor
+) -> None:
+    """Hand what goes into the layer ``name`` to the accumulator of its input."""
+    with torch.autocast(x.device.type, enabled=False):  # products of bfloat16 are too coarse
+        inputs[name].update(input_rows(name, layers[name], x, mask))
 
 
-class _Input:
-    """The rows of one input, shared by its ``members``, on their way into a spectrum."""
-
-    def __init__(self, members: list[str], k: int, route: str, center: bool) -> None:
-        self.members = members
-        self.leader = members[0]
-        self.k = k
-        self.route = route
-        self.center = center
-        self.moments: Moments | None = None
-        self.state: Spectrum | None = None
-        self.before: Spectrum | None = None
-        self.waiting: list[Tensor] = []
-
-    def take(self, new: Tensor) -> None:
-        if not len(new):
-            return
-        route = self.route if self.route != "auto" else "gram" if new.shape[1] <= WIDE else "lowrank"
-        if route == "gram":
-            self.moments = self.moments or Moments(self.center)
-            self.moments.update(new)
-            return
-        self.waiting.append(new)
-        if self.state or sum(map(len, self.waiting)) >= self.k:
-            self._absorb(route == "lowrank")
-
-    def _absorb(self, lowrank: bool) -> None:
-        new = torch.cat(self.waiting)
-        self.waiting = []
-        self.before = self.state
-        self.state = absorb(self.state, new, self.k, center=self.center, lowrank=lowrank)
-
-    def moving(self, dealt: Mapping[str, int], tau: float, subspace: bool) -> bool:
-        """Whether the directions that the members' ranks need have moved in the last step."""
-        if not dealt or self.before is None or self.state is None:
-            return True
-        return agreement(self.state, self.before, max(dealt[n] for n in self.members), subspace=subspace) < tau
-
-    def finish(self) -> Spectrum | None:
-        if self.waiting:  # fewer rows in all than components were wanted
-            self._absorb(lowrank=False)
-        if self.moments and not self.state:
-            self.state = self.moments.spectrum(self.k)
-        return self.state
+def _moving(
+    inputs: Mapping[str, Accumulator],
+    groups: Mapping[str, list[str]],
+    dealt: Mapping[str, int],
+    tau: float,
+    subspace: bool,
+) -> list[str]:
+    """Inputs of which the directions that their layers' ranks need moved in the last step."""
+    if not dealt:
+        return list(inputs)
+    most = {n: max(dealt[member] for member in groups[n]) for n in inputs}
+    return [n for n, one in inputs.items() if one.moved(most[n], tau, subspace=subspace)]
 
 
-def _check(r: int, rho: float, tau: float, max_batches: int, route: str) -> None:
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise ValueError(f"r: expected a positive integer, got {r!r}")
-    if not 1 <= rho < float("inf"):
-        raise ValueError(f"rho: expected a finite number of at least 1, got {rho!r}")
-    if not 0 <= tau <= 1:
-        raise ValueError(f"tau: expected a number in [0, 1], got {tau!r}")
-    if max_batches < 1:
-        raise ValueError(f"max_batches: expected at least 1, got {max_batches!r}")
-    if route not in ROUTES:
-        raise ValueError(f"route: expected one of {ROUTES}, got {route!r}")
+def _by_layer(
+    spectra: Mapping[str, Spectrum], groups: Mapping[str, list[str]], layers: Iterable[str]
+) -> dict[str, Spectrum]:
+    """The spectrum of each layer, in the model's order; layers with one input share an object."""
+    found = {n: spectrum for leader, spectrum in spectra.items() for n in groups[leader]}
+    return {n: found[n] for n in layers if n in found}

@@ -507,12 +507,12 @@ def test_sums_are_wide_whatever_the_model(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"r": 0}, "r: expected a positive integer, got 0"),
-        ({"r": True}, "r: expected a positive integer, got True"),
-        ({"rho": 0.5}, "rho: expected a finite number of at least 1, got 0.5"),
-        ({"rho": float("nan")}, "rho: expected a finite number of at least 1, got nan"),
-        ({"tau": 1.5}, r"tau: expected a number in \[0, 1\], got 1.5"),
-        ({"max_batches": 0}, "max_batches: expected at least 1, got 0"),
+        ({"r": 0}, "r: expected an integer >= 1, got 0"),
+        ({"r": True}, "r: expected an integer >= 1, got True"),
+        ({"rho": 0.5}, "rho: expected a finite number >= 1, got 0.5"),
+        ({"rho": float("nan")}, "rho: expected a finite number >= 1, got nan"),
+        ({"tau": 1.5}, r"tau: expected a finite number in \[0, 1\], got 1.5"),
+        ({"max_batches": 0}, "max_batches: expected an integer >= 1, got 0"),
         ({"route": "svd"}, "route: expected one of .*, got 'svd'"),
         ({"targets": ["nothing"]}, "targets: expected names of layers"),
         ({"batches": []}, "batches: expected at least one, got none"),

@@ -1,0 +1,168 @@
+"""Learning curves of EVA and its rivals on a task of sentences; see :mod:`peftref.adapters.experiments.eva`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...fitting import minimise
+from ..baselines.lora import LoRA
+from ..core.injection import adapters, inject
+from ..eva import Directions, collect, inject_eva
+from ._pieces import Claim, judged
+from ._sentences import Features, SentenceTask, linears, rotten_tomatoes, stand_in
+
+__all__ = ["ARMS", "curves"]
+
+LORA = "LoRA"
+ORTHOGONAL = "orthogonal"
+EVA = "EVA"
+DEALT = "EVA, dealt ranks"
+PLAIN = "EVA, not centred"
+MINOR = "minor components"
+ARMS = (LORA, ORTHOGONAL, EVA, DEALT, MINOR, PLAIN)
+TUNING_SEED = 1000  # of the runs that choose a learning rate; none of the runs that count
+
+CLAIMS = (
+    Claim("early training loss: EVA - LoRA", EVA, LORA, "abstract", side="below", column="early"),
+    Claim("early training loss: not centred - LoRA", PLAIN, LORA, side="below", column="early"),
+    Claim("accuracy: EVA - LoRA", EVA, LORA, "Table 2: GLUE, RoBERTa-large", 0.3),
+    Claim("accuracy: dealt ranks - uniform ranks", DEALT, EVA, "Table 11: commonsense, Llama-3.1-8B", 0.1),
+    Claim("accuracy: EVA - minor components", EVA, MINOR, "Table 12: commonsense, Llama-2-7B", 1.4),
+    Claim("accuracy: EVA - orthogonal", EVA, ORTHOGONAL),
+    Claim("accuracy: not centred - centred", PLAIN, EVA),
+    Claim("accuracy: not centred - LoRA", PLAIN, LORA),
+    Claim("accuracy: orthogonal - LoRA", ORTHOGONAL, LORA),
+)
+
+
+def curves(
+    each: Callable[..., Any],
+    seeds: Sequence[int],
+    sentences: dict[str, Any],
+    arms: Sequence[str],
+    lrs: Sequence[float],
+    **options: Any,
+) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
+    """Rows, arrays and protocol of the curves."""
+    loaded: list[SentenceTask] = []
+
+    def one(arm: str, lr: float, seed: int, scored: str) -> dict[str, Any]:
+        if not loaded:
+            given = {k: v for k, v in sentences.items() if k not in ("task", "train")}
+            loaded.append(rotten_tomatoes(**given) if given else stand_in())
+        return _learn(loaded[0], arm, lr=lr, seed=seed, scored=scored, train=sentences["train"], **options)
+
+    chosen = {}
+    tuning = {}
+    for arm in arms:
+        tries = {lr: each(f"{arm}, rate {lr:g}", one, arm, lr, TUNING_SEED, "val") for lr in lrs}
+        chosen[arm] = max(lrs, key=partial(_score, tries))
+        tuning[arm] = {f"{lr:g}": tries[lr]["accuracy"][-1] for lr in lrs}
+    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    for seed in seeds:
+        for arm in arms:
+            runs[arm].append(each(f"{arm}, rate {chosen[arm]:g}, seed {seed}", one, arm, chosen[arm], seed, "test"))
+    table = pd.DataFrame(
+        [
+            {"method": arm, "seed": seed, "accuracy": r["accuracy"][-1], "early": r["early"]}
+            for arm, found in runs.items()
+            for seed, r in zip(seeds, found, strict=True)
+        ]
+    )
+    rows = judged(table, *(claim for claim in CLAIMS if {claim.one, claim.other} <= set(arms)))
+    for row in rows:
+        row["unit"] = "nats" if "loss" in row["claim"] else "points"
+    arrays = {
+        "losses": {arm: [r["losses"] for r in found] for arm, found in runs.items()},
+        "accuracy": {arm: [r["accuracy"] for r in found] for arm, found in runs.items()},
+        "tuning": tuning,
+    }
+    return rows, arrays, {"rates": chosen, "trained": {arm: found[0]["trained"] for arm, found in runs.items()}}
+
+
+def _score(tries: dict[float, dict[str, Any]], lr: float) -> tuple[float, float]:
+    """Accuracy on validation sentences and, between equals, training loss."""
+    return tries[lr]["accuracy"][-1], -tries[lr]["losses"][-1]
+
+
+def _learn(
+    task: SentenceTask,
+    arm: str,
+    *,
+    lr: float,
+    seed: int,
+    scored: str,
+    train: int,
+    steps: int,
+    every: int,
+    batch_size: int,
+    r: int,
+) -> dict[str, Any]:
+    """One training: losses, in twenty means; and accuracy on one part of the sentences, every so many steps."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = copy.deepcopy(task.top)
+        nn.init.trunc_normal_(net.head.weight, std=0.02)
+        nn.init.zeros_(net.head.bias)
+        sentences = task.train.rows(torch.randperm(len(task.train.y))[:train])
+        order = torch.cat([torch.randperm(train) for _ in range(steps * batch_size // train + 1)]).split(batch_size)
+        _adapt(net, arm, sentences, r)
+        net.head.requires_grad_(True)
+        part: Features = getattr(task, scored)
+        parts = iter(order)
+        curve: list[float] = []
+        done = 0
+
+        def loss() -> Tensor:
+            nonlocal done
+            if done % every == 0 and done:
+                curve.append(_accuracy(net, part))
+            done += 1
+            batch = sentences.rows(next(parts))
+            return F.cross_entropy(net(**batch.inputs()), batch.y)
+
+        losses = minimise(loss, net.parameters(), lr=lr, steps=steps)
+    width = max(1, steps // 20)
+    head = {id(p) for p in net.head.parameters()}
+    return {
+        "losses": losses[: steps // width * width].view(-1, width).mean(1),
+        "early": losses[: max(2, steps // 4)].mean(),
+        "accuracy": [*curve, _accuracy(net, part)],
+        "trained": sum(p.numel() for p in net.parameters() if p.requires_grad and id(p) not in head),
+    }
+
+
+def _adapt(net: nn.Module, arm: str, sentences: Features, r: int) -> None:
+    """Put the arm's LoRA into the network."""
+    names = linears(net)
+    if arm in (LORA, ORTHOGONAL):
+        inject(net, LoRA, names, r=r, lora_alpha=r)
+        for adapter in adapters(net).values() if arm == ORTHOGONAL else ():
+            nn.init.orthogonal_(adapter.get_parameter("lora_A.weight"))
+        return
+    batches = [sentences.rows(i).inputs() for i in torch.arange(len(sentences.y)).split(50)]
+    if arm == MINOR:  # all components, of which the last are taken
+        widest = max(net.get_parameter(f"{n}.weight").shape[1] for n in names)
+        every = collect(net, names, batches, r=widest, rho=1.0).spectra
+        found = Directions(every, dict.fromkeys(names, r), r, len(batches), [])
+        inject_eva(net, found, lora_alpha=r)
+        for name, adapter in adapters(net).items():
+            adapter.get_parameter("lora_A.weight").data.copy_(every[name].components[-r:])
+        return
+    rho = 2.0 if arm == DEALT else 1.0
+    inject_eva(net, collect(net, names, batches, r=r, rho=rho, center=arm != PLAIN), lora_alpha=r)
+
+
+@torch.no_grad()
+def _accuracy(net: nn.Module, part: Features) -> float:
+    """Share of sentences classified correctly, in %."""
+    right = [(net(**b.inputs()).argmax(-1) == b.y).sum() for b in map(part.rows, torch.arange(len(part.y)).split(100))]
+    return 100 * float(torch.stack(right).sum()) / len(part.y)
