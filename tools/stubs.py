@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ("data", "models", "plots")  # packages that belong to no part
 # Modules that a package shows by themselves: ``from peftref.data import streams``.
 MODULES = {"data": ("corruptions", "orders", "streams")}
-SLUGS = {method.slug for method in METHODS}
+# Experiments that several chapters share; those of one chapter stay in their modules.
+EXPERIMENTS = {"colournets", "corrupted", "dgp", "evaluate", "multicolor", "multitask", "spurious", "study", "transfer"}
 HEAD = "# ruff: noqa: I001\n# Written by `python -m tools.stubs` from the `__all__` of the modules.\n"
 
 
@@ -40,9 +41,10 @@ def names(path: Path) -> list[str]:
 
 
 def is_public(path: Path) -> bool:
-    """Scripts and the recorded run of one chapter stay in their modules."""
-    run_of_a_chapter = path.parent.name == "experiments" and path.stem.removesuffix("_at_scale") in SLUGS
-    return not path.stem.startswith(("_", "make_", "at_scale")) and not run_of_a_chapter
+    """Scripts and private modules show nothing, nor do the experiments of one chapter."""
+    if path.parent.name == "experiments":
+        return path.stem in EXPERIMENTS
+    return not path.stem.startswith(("_", "make_"))
 
 
 def stub(folder: Path) -> str:

@@ -66,16 +66,6 @@ from .core.streams import domain_incremental as domain_incremental
 from .core.streams import task_of as task_of
 from .core.train import joint as joint
 from .core.train import learn as learn
-from .experiments.digits_then_clothes import Study as Study
-from .experiments.introduction import MINUTES as MINUTES
-from .experiments.introduction import NEEDS as NEEDS
-from .experiments.introduction import PRESETS as PRESETS
-from .experiments.introduction import clothes as clothes
-from .experiments.introduction import fresh as fresh
-from .experiments.introduction import run as run
-from .experiments.turned_clothes import learned as learned
-from .experiments.turned_clothes import lying as lying
-from .experiments.turned_clothes import put as put
 from .fsa import FSA as FSA
 from .fsa import cosine_distance as cosine_distance
 from .fsa import embed as embed
@@ -102,14 +92,10 @@ __all__ = [
     "KVLoRA",
     "LAE",
     "LDA",
-    "MINUTES",
     "Moments",
-    "NEEDS",
-    "PRESETS",
     "ParallelAdapter",
     "Prefix",
     "Reservoir",
-    "Study",
     "Task",
     "ace_mask",
     "adaptation_loss",
@@ -123,7 +109,6 @@ __all__ = [
     "begin_task",
     "class_incremental",
     "classp_step",
-    "clothes",
     "continual_norm",
     "convert",
     "cosine_distance",
@@ -142,7 +127,6 @@ __all__ = [
     "first_session",
     "forgetting",
     "forward_transfer",
-    "fresh",
     "gate",
     "group_norm",
     "heads",
@@ -151,9 +135,7 @@ __all__ = [
     "joint",
     "last_accuracy",
     "learn",
-    "learned",
     "local_loss",
-    "lying",
     "merge",
     "merge_film",
     "moments",
@@ -161,10 +143,8 @@ __all__ = [
     "plasticity",
     "prefix_attention",
     "prefix_share",
-    "put",
     "remove_film",
     "replace_batch_norms",
-    "run",
     "summary",
     "task_batch",
     "task_of",

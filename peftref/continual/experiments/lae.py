@@ -20,7 +20,7 @@ import torch
 from ...data import load
 from ...results import finding
 from .lae_at_scale import run_at_scale
-from .lae_claims import LOCAL, PLAIN, Arm, difference, numbers, rows
+from ._lae_claims import LOCAL, PLAIN, Arm, difference, numbers, rows
 from .turned_clothes import learned
 
 __all__ = ["MINUTES", "NEEDS", "PRESETS", "run"]
