@@ -25,7 +25,7 @@ from ._pieces import Claim, compare_pieces, cut_test, judged
 from .transfer import LINEARS, Task, full, probe, shifted
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {"seeds": [0, 1], "train": 32, "test": 200, "lrs": [1e-2], "steps": 1},
+    "smoke": {"seeds": [0, 1], "train": 32, "test": 100, "lrs": [1e-2], "steps": 1},
     "cpu": {"seeds": [0, 1, 2, 3, 4], "train": 800, "test": None, "lrs": [3e-3, 1e-2, 3e-2], "steps": 100},
 }
 MINUTES = {"smoke": 0.1, "cpu": 8}
