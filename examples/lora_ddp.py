@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from peftref.adapters.core.files import save
-from peftref.adapters.core.injection import inject
 from torch.nn.parallel import DistributedDataParallel
 
 from peftref.adapters.baselines.lora import LoRA
+from peftref.adapters.core.files import save
+from peftref.adapters.core.injection import inject
 from peftref.adapters.experiments.transfer import LINEARS, fresh, shifted
 
 

@@ -29,6 +29,9 @@ there, the bottleneck's output passes through neither); what is trained follows 
 asks which keys a checkpoint lacked, and fails with ``--eval``. Its third place for the LayerNorm, behind the scale
 (``"out"``), is left out: it divides :math:`s` away again.
 
+The chapter also writes the whole block (eq-adaptformer-block), counts its parameters (eq-adaptformer-size) and follows
+what the scale does to the gradients (eq-adaptformer-gradients).
+
 >>> import torch
 >>> from peftref.adapters.core.injection import adapters, inject
 >>> from peftref.models.vit import ViT

@@ -35,6 +35,8 @@ Differs from PEFT: several adapters on a layer all read the frozen weight, so th
 is one batched product on the weight as it lies, and keeps nothing of the size of the weight for the backward pass.
 PEFT's dropout of the pooled forms is not here. Files of both names, ``MISS`` and the older ``BONE``, open here.
 
+The chapter also says how large the guide is beside the translation (eq-bone-strength).
+
 >>> import torch
 >>> from torch import nn
 >>> bat(torch.zeros(2, 4), torch.tensor([[[1., 2.], [3., 4.]]]))          # no weight, no guide: every tile is B

@@ -36,6 +36,8 @@ clean training left as it was gives :math:`\rho_c=\tau_c` (there: NaN); the stre
 replace it); layers are units of the network's structure, or any names you list (there: order and names of the state
 dict); taking a patch off restores every bit; no input is changed.
 
+The two directions that leave the start have names in the chapter (eq-rws-directions).
+
 >>> import torch
 >>> from peftref.merging import Patched, apply, first, units
 >>> zero = {"w": torch.zeros(2)}

@@ -26,6 +26,9 @@ For a binary treatment ``model="irm"`` estimates the average effect without a li
 
 .. math:: \psi=g_1-g_0+\frac{W(Y-g_1)}{m}-\frac{(1-W)(Y-g_0)}{1-m}-\theta .
 
+The chapter also shows what a unit's means tell of it (eq-dml_panel-betray), and why a square that has lost its mean is
+no function of a variable that has lost its own (eq-dml_panel-square).
+
 >>> from peftref.panel.experiments.dgp import dgp_fuhr_papies_2024
 >>> data = dgp_fuhr_papies_2024("C", "u-shaped", n_units=200, gamma=1.0, delta=1.0, seeds=[0]).frame()
 >>> arguments = data["y"], data["w"], data[["x1"]], data["unit"], data["time"]

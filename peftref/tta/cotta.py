@@ -35,6 +35,8 @@ script takes those called ``weight`` or ``bias`` and restores a tied one twice);
 answered but not learned from; for half-precision models teacher and anchor are kept in float32, where 1 - m = 0.001
 is representable.
 
+The chapter also derives the gradient of the loss (eq-cotta-gradient).
+
 >>> import torch
 >>> from torch import nn
 >>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))

@@ -22,7 +22,15 @@ ROOT = Path(__file__).resolve().parents[2]
 PART_NAMES = {part.slug for part in PARTS}
 SLUGS = {(method.part, method.slug) for method in METHODS}
 LEND = {"adapters": {"continual", "merging"}}  # a part -> those that may use it
+# Hyperformer, the rival of VL-Adapter, is its module with generated weights.
+ON_A_CHAPTER = {"adapters.baselines.hyperformer"}
 CODE_LINES = 160
+LONGER = {  # and why
+    "peftref/data/corruptions.py": 180,  # nineteen corruptions, one small function each
+    "peftref/data/streams.py": 180,  # three streams and what they share
+    "peftref/plots/diagrams.py": 165,
+}
+EXPERIMENT_LINES = 200  # a recorded run is read from top to bottom, once
 MIXED = 2  # tuple assignments of unlike things, in a thousand lines
 COLUMNS = 88  # of code that a page shows
 # What a chapter may import of the package, beside its parts' public names and their recorded experiments.
@@ -63,6 +71,7 @@ def forbidden(root: Path) -> list[str]:
                 continue
             other = target[0] != mine and mine not in LEND.get(target[0], ())
             chapter = len(steps) == 3 and steps[1] in ("core", "baselines") and tuple(target[:2]) in SLUGS
+            chapter = chapter and name not in ON_A_CHAPTER
             if other or (chapter and target[0] == mine):
                 wrong.append(f"{name} imports {imported}")
     return wrong
@@ -139,7 +148,9 @@ def test_public_names_are_up_to_date() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "peftref").rglob("*.py")), ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_files_are_short_and_formatted(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert code_lines(text) <= CODE_LINES, "explanation is not counted: move what is an idea of its own"
+    usual = EXPERIMENT_LINES if path.parent.name == "experiments" else CODE_LINES
+    limit = LONGER.get(path.relative_to(ROOT).as_posix(), usual)
+    assert code_lines(text) <= limit, "explanation is not counted: move what is an idea of its own"
     assert not re.search(r"#\s*fmt:", text), "the formatter has its way"
 
 

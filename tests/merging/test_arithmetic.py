@@ -197,9 +197,9 @@ def test_equal_to_peft(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: linear([]), "weights: expected finite numbers"),
         (lambda: linear([1.0, float("nan")]), "weights: expected finite numbers"),
         (lambda: task_arithmetic(float("inf")), "scale: expected finite numbers"),
-        (lambda: wise_ft(float("nan")), "alpha: expected finite numbers"),
-        (lambda: fisher_wise_ft(1.5, {}, {}), r"alpha: expected a number in \[0, 1\], got 1.5"),
-        (lambda: fisher_wise_ft(0.5, {}, {}, floor=0.0), "floor: expected a positive number"),
+        (lambda: wise_ft(float("nan")), "alpha: expected a finite number"),
+        (lambda: fisher_wise_ft(1.5, {}, {}), r"alpha: expected a finite number in \[0, 1\], got 1.5"),
+        (lambda: fisher_wise_ft(0.5, {}, {}, floor=0.0), "floor: expected a finite number > 0"),
         (lambda: dare(1.0, average()), r"drop: expected a probability in \[0, 1\), got 1.0"),
     ],
 )

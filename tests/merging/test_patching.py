@@ -235,7 +235,7 @@ def test_other_bad_arguments() -> None:
     patched = Patched(model, patch_for(model)).on(0.5)
     state = bits(model.state_dict())
     for strength in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="strength: expected finite"):
+        with pytest.raises(ValueError, match="strength: expected a finite number"):
             patched.on(strength)
     assert bits(model.state_dict()) == state and patched.strength == 0.5
 

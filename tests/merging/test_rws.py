@@ -17,6 +17,8 @@ from peftref.merging import rws
 from peftref.merging.baselines.arithmetic import task_arithmetic
 from peftref.merging.core.loop import merge
 from peftref.merging.core.patching import apply
+from peftref.merging.core.quantise import quantise
+from peftref.merging.core.units import first, units
 from peftref.merging.rws import average_batchnorm, blend_statistics, compose, signature
 from peftref.models import SmallCNN
 from tests._naive import rws as naive
@@ -290,7 +292,7 @@ def test_published_quantisation_agrees_for_one_corruption() -> None:
     rho = signature(zero, clean, robust, ["conv.weight"])
     for kind in ("linear", "tanh", "log"):
         published = naive.published_patch(zero, clean, [robust], ["conv.weight"], [1.0], 6, kind)
-        ours = compose([rws.quantise(rho, 6, kind).dequantise()])
+        ours = compose([quantise(rho, 6, kind).dequantise()])
         assert_close(ours, published, rtol=0, atol=1e-12)
 
 
@@ -387,7 +389,7 @@ def test_the_whole_procedure_on_a_residual_network() -> None:
         for p in m.parameters():
             p.data.add_(0.02 * torch.randn_like(p))
     zero, (clean, robust) = net.state_dict(), (m.state_dict() for m in trained)
-    names = rws.first(rws.units(net), 2)
+    names = first(units(net), 2)
     patched = apply(clean, compose([signature(zero, clean, robust, names)]))
     net.load_state_dict(patched)
     net.load_state_dict(average_batchnorm(net, [robust]))
@@ -429,7 +431,7 @@ def test_bad_compositions() -> None:
     for arguments, error, said in (
         ((rho,), TypeError, "signatures: expected a sequence"),
         (([rho], [1.0, 2.0]), ValueError, "weights: expected 1, one for each signature, got 2"),
-        (([rho], [float("nan")]), ValueError, "weights: expected finite"),
+        (([rho], [float("nan")]), ValueError, "weights: expected a finite number"),
         (([rho, {"w": torch.ones(3)}],), ValueError, r"signatures\[1\]: .*w \(3,\) for \(2,\)"),
         (([rho, {"w": torch.ones(2, dtype=torch.long)}],), ValueError, r"signatures\[1\]: .*not floating-point: w"),
         (([rho, torch.ones(2)],), TypeError, r"signatures\[1\]: expected a mapping"),

@@ -71,6 +71,7 @@ def rows(ends: Mapping[Arm, Mapping[str, Mapping[str, list[float]]]], pets: Sequ
 
 
 def difference(claim: str, where: str, pair: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """The row of a claim, from the accuracies of its two arms."""
     ours, theirs = pair.values()
     level = {arm: sum(v) / len(v) for arm, v in pair.items()}
     values = [a - b for a, b in zip(ours, theirs, strict=True)]
