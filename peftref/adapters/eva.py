@@ -94,6 +94,8 @@ def redistribute(ratios: Mapping[str, Tensor], budget: int) -> dict[str, int]:
 def start(spectrum: Spectrum, r: int, *, whiten: bool = False) -> Tensor:
     """The first ``A``, ``(r, i)``: A = V_:r, the leading right singular vectors of the layer's inputs (eq-eva-start).
 
+    Of all orthonormal rows they expect the largest first gradient of B, tr(A Sigma A^T) (eq-eva-signal).
+
     Args:
         spectrum: of the inputs.
         r: rows of ``A``.

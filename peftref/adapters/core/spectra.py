@@ -168,9 +168,13 @@ class Accumulator:
 
         Args:
             rows: real and finite.
+
+        Raises:
+            ValueError: no floating-point matrix; nothing has changed then.
         """
-        if not len(rows):
+        if rows.ndim == 2 and not len(rows):
             return
+        _check(rows, None)
         route = self.route
         if route == "auto":
             route = "gram" if rows.shape[1] <= WIDE else "lowrank"
@@ -243,5 +247,5 @@ def _signed(components: Tensor) -> Tensor:
 
 
 def _check(rows: Tensor, width: int | None) -> None:
-    if rows.ndim != 2 or not rows.numel() or rows.is_complex() or width not in (None, rows.shape[1]):
+    if rows.ndim != 2 or not rows.numel() or not rows.is_floating_point() or width not in (None, rows.shape[1]):
         raise ValueError(f"rows: expected real (n, {width or 'i'}), n >= 1, got {rows.dtype} {tuple(rows.shape)}")

@@ -98,6 +98,7 @@ def study(
 
 def captured(directions: Tensor, gradient: Tensor) -> Tensor:
     """Share of the squared gradient of a weight, ``(o, i)``, along each of ``(k, i)`` orthonormal directions."""
+    # eq-eva-gradient:  the gradient of B is that of W times A^T; its share is ||G A^T||_F^2 / ||G||_F^2
     return (gradient @ directions.T).square().sum(0) / gradient.square().sum()
 
 

@@ -25,7 +25,15 @@ from ._pieces import Claim, compare_pieces, cut_test, judged
 from .transfer import LINEARS, Task, full, probe, shifted
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {"seeds": [0, 1], "train": 32, "test": 100, "lrs": [1e-2], "steps": 1},
+    "smoke": {
+        "names": ["head only", "all weights", "LoRA", "Bone", "EVA"],
+        "task": "inverted",  # its data are read faster
+        "seeds": [0, 1],
+        "train": 32,
+        "test": 100,
+        "lrs": [1e-2],
+        "steps": 1,
+    },
     "cpu": {"seeds": [0, 1, 2, 3, 4], "train": 800, "test": None, "lrs": [3e-3, 1e-2, 3e-2], "steps": 100},
 }
 MINUTES = {"smoke": 0.1, "cpu": 8}
@@ -63,6 +71,8 @@ def run(
     each: Callable[..., Any],
     *,
     data: Path | None = None,
+    names: list[str] | None = None,
+    task: str = "digits",
     seeds: list[int],
     train: int,
     test: int | None,
@@ -74,15 +84,17 @@ def run(
     Args:
         each: of :func:`peftref.recording.record`.
         data: not needed.
+        names: of methods, :data:`HEAD` and LoRA among them; None for all.
+        task: of :func:`~peftref.adapters.experiments.transfer.shifted`.
         seeds: of the head, of the adapter, and of the batches.
         train: images to learn from; a quarter as many choose the learning rate.
         test: images to report on; None for all.
         lrs: learning rates to choose from.
         steps: of each training.
     """
-    task = cut_test(shifted("digits", train, train // 4), test)
-    every = methods(task)
-    runs = compare_pieces(each, every, task, seeds=seeds, lrs=lrs, steps=steps)
+    images = cut_test(shifted(task, train, train // 4), test)
+    every = {name: build for name, build in methods(images).items() if names is None or name in names}
+    runs = compare_pieces(each, every, images, seeds=seeds, lrs=lrs, steps=steps)
     claims = [Claim(f"{name} - {HEAD}", name, HEAD) for name in every if name != HEAD]
     claims += [Claim(f"{name} - LoRA", name, "LoRA") for name in every if name not in (HEAD, ALL, "LoRA")]
     by = runs.groupby("method", sort=False)
