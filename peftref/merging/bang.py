@@ -31,8 +31,8 @@ tune, 0.1 and 0.5 to begin with.
 Two wrong models with a right average are the paper's FalseFalseTrue: :func:`outcomes` counts all eight cases.
 
 The chapter derives the rest: the logits of picked features (eq-bang-features) and the moments of their margins
-(eq-bang-moments), the finite gap at which smoothed targets are met (eq-bang-gap), the average (eq-bang-wiseft), and what
-loudness makes of its coefficient (eq-bang-loudness).
+(eq-bang-moments), the finite gap at which smoothed targets are met (eq-bang-gap), the average (eq-bang-wiseft), and
+what loudness makes of its coefficient (eq-bang-loudness).
 
 >>> smooth(torch.tensor([0.0, 1.0]), 0.1)
 tensor([0.0500, 0.9500])

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from peftref._replacing import replacing
 from peftref.data import load
-from peftref.models.cnn import SEEDS, SmallCNN
 from peftref.fitting import fit, predict
+from peftref.models.cnn import SEEDS, SmallCNN
 
 EPOCHS = 20
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from peftref.merging import rws
 from peftref.merging.baselines.arithmetic import task_arithmetic
 from peftref.merging.core.loop import merge
 from peftref.merging.core.patching import apply
@@ -438,7 +437,7 @@ def test_bad_compositions() -> None:
     ):
         with pytest.raises(error, match=said):
             compose(*arguments)
-    with pytest.raises(ValueError, match="strength: expected finite"):
+    with pytest.raises(ValueError, match="strength: expected a finite number"):
         compose([rho], strength=float("inf"))
 
 

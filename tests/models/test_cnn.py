@@ -15,8 +15,8 @@ from torch.testing import assert_close
 from torchvision.transforms.functional import normalize
 
 from peftref.data import load
-from peftref.models import Normalised, PlainCNN, SmallCNN, from_timm, pretrained
 from peftref.fitting import fit, predict
+from peftref.models import Normalised, PlainCNN, SmallCNN, from_timm, pretrained
 from peftref.models.cnn import SEEDS
 
 

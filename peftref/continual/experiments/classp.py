@@ -23,8 +23,8 @@ from ...results import finding
 from ..baselines.ewc import EWC
 from ..classp import CLASSP
 from ..core.streams import Task, domain_incremental
-from .classp_at_scale import Method, PaperCNN, full_mnist, published_switch, run_at_scale
 from ._classp_claims import choice, kept_at, published_rows, rows
+from .classp_at_scale import Method, PaperCNN, full_mnist, published_switch, run_at_scale
 from .digits_then_clothes import GATES, Study
 
 __all__ = ["MINUTES", "NEEDS", "PRESETS", "kept_at", "run"]

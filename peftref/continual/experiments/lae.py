@@ -19,8 +19,8 @@ import torch
 
 from ...data import load
 from ...results import finding
-from .lae_at_scale import run_at_scale
 from ._lae_claims import LOCAL, PLAIN, Arm, difference, numbers, rows
+from .lae_at_scale import run_at_scale
 from .turned_clothes import learned
 
 __all__ = ["MINUTES", "NEEDS", "PRESETS", "run"]
