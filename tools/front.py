@@ -129,7 +129,7 @@ def _card(method: Method, root: Path) -> list[str]:
         image = [f":img-top: _static/thumbs/{method.slug}.png", f":img-alt: {shown[0].alt}"]
         image.append(":class-img-top: dark-light")
     link = [f":link: {method.part}/{method.slug}", ":link-type: doc"]
-    text = [f"{method.summary}.", "", "+++", method.reference]
+    text = [f"{method.summary}.", "", "```{card-footer}", method.reference, "```"]
     return [f":::{{grid-item-card}} {method.title}", *link, *image, "", *text, ":::", ""]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from tools import reference, stubs
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Sphinx knows this folder only
+from tools import reference, stubs  # noqa: E402
 
 # What scikit-learn adds to every estimator, and an empty field of Matplotlib's style.
 HIDDEN = ("set_fit_request", "set_predict_request", "set_score_request", "set")

@@ -68,8 +68,8 @@ def accuracies() -> Tensor:
 
 
 def continual_lae() -> continual.LAE:
-    net = Headed()
-    adapters.inject(net, adapters.LoRA, ["body"], name="online")
+    net = fixed(Headed)
+    fixed(lambda: adapters.inject(net, adapters.LoRA, ["body"], name="online"))
     method = fixed(lambda: continual.LAE(net, features=8))
     method.begin_task(4)
     return method

@@ -53,13 +53,14 @@ SPARED = {
 
 # Names without a row, and why.
 NAMELESS = {
+    "optim.ForeachOptimizer": "abstract, see test_optim",
+    "results.interval": "judge's checks, see test_results",
     "at_scale.pick_device": "torch's own argument",
     "at_scale.protocol": "any settings",
     "fitting.minimise": "by train, adapt and compare",
     "recording.hardware": "no input",
     "recording.record": "files, see test_records",
     "recording.run": "no input",
-    "results.Record": "files, see test_records",
     "results.glue": "pages, see test_records",
     "results.recorded": "files, see test_records",
 }

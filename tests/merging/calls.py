@@ -117,10 +117,6 @@ CALLS: dict[str, Callable[[], Call]] = {
             colours=32,
         ),
     ),
-    "check_aligned": lambda: (
-        merging.check_aligned,
-        dict(base=states()[0], models=list(states()[1:]), skip=["b"]),
-    ),
     "delta": lambda: (merging.delta, dict(state=states()[0], base=states()[1], names=["w"])),
     "elementwise": lambda: (merging.elementwise, dict(rule=merging.average())),
     "fill": lambda: (
