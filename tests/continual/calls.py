@@ -71,7 +71,7 @@ def continual_lae() -> continual.LAE:
     net = fixed(Headed)
     fixed(lambda: adapters.inject(net, adapters.LoRA, ["body"], name="online"))
     method = fixed(lambda: continual.LAE(net, features=8))
-    method.begin_task(4)
+    fixed(lambda: method.begin_task(4))
     return method
 
 
