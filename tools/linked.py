@@ -84,7 +84,9 @@ def link_equations(app: Sphinx | None, what: str, name: str, thing: Any, options
     escape_plain(lines)
     several = rf"\({reference.EQUATION}(?:, {reference.EQUATION})*\)"
     for i, line in enumerate(lines):
-        lines[i] = re.sub(rf"{several}|(?<![`\w/-]){reference.EQUATION}(?![`\w-])", linked, line)
+        # Inside displayed maths, \text{(eq-...)}, a role would be no link.
+        alone = rf"(?<![`\w/-])(?<!\{{\(){reference.EQUATION}(?![`\w-])"
+        lines[i] = re.sub(rf"(?<!\{{){several}|{alone}", linked, line)
 
 
 def escape_plain(lines: list[str]) -> None:
