@@ -84,7 +84,7 @@ $(STAMP): requirements.lock pyproject.toml
 
 # Always from scratch: Sphinx repeats no warning of a page it does not read again, so an incremental build could pass
 # where a clean one fails.
-$(HTML): $(STAMP) $(PAGES) _config.yml _toc.yml CHANGELOG.md tools/vendor.py tools/accessible.py tools/redirects.py
+$(HTML): $(STAMP) $(PAGES) _config.yml _toc.yml CHANGELOG.md tools/vendor.py tools/accessible.py tools/linked.py tools/redirects.py
 	@$(PY) -m tools.vendor
 	@rm -rf _build
 	.venv/bin/jupyter-book build . -n -W --keep-going
