@@ -134,7 +134,7 @@ def test_a_bad_camera_adds_noise_to_training_and_test_images_of_the_same_stream(
 
 
 def test_sessions_use_up_the_classes():
-    assert bodies.sessions(8, 20) == [(0, 8), (8, 12), (12, 16), (16, 20)]
+    assert bodies.sessions(8, 20) == [(0, 8), (8, 13), (13, 18), (18, 20)]
     assert bodies.sessions(20, 20) == [(0, 20)] and bodies.sessions(4, 6) == [(0, 4), (4, 6)]
 
 

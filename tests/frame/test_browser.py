@@ -195,9 +195,9 @@ def test_the_citation_is_copied(browser: Browser, site: str, method: Method) -> 
 @pytest.mark.parametrize(
     ("query", "page"),
     [
-        ("peftref.tta.lame", "book/api/tta.html"),
-        ("peftref.panel.experiments.study.monte_carlo", "book/api/panel.html"),
-        ("laplacian_assign", "book/api/tta.html"),
+        ("peftref.tta.lame", "book/api/tta/lame.html"),
+        ("peftref.panel.experiments.study.monte_carlo", "book/api/panel/experiments/study.html"),
+        ("laplacian_assign", "book/api/tta/lame.html"),
         ("laplacian", "book/tta/lame.html"),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -19,7 +18,7 @@ from ..eva import Directions, collect, inject_eva
 from ._pieces import Claim, judged
 from ._sentences import Features, SentenceTask, linears, rotten_tomatoes, stand_in
 
-__all__ = ["ARMS", "curves"]
+__all__ = ["ARMS", "PUBLISHED", "curves"]
 
 LORA = "LoRA"
 ORTHOGONAL = "orthogonal"
@@ -28,7 +27,9 @@ DEALT = "EVA, dealt ranks"
 PLAIN = "EVA, not centred"
 MINOR = "minor components"
 ARMS = (LORA, ORTHOGONAL, EVA, DEALT, MINOR, PLAIN)
-TUNING_SEED = 1000  # of the runs that choose a learning rate; none of the runs that count
+PUBLISHED = (LORA, ORTHOGONAL, EVA, PLAIN)
+TUNING_SEEDS = (1000, 1001)  # of the runs that choose a learning rate; none of the runs that count
+AS_PUBLISHED = ", as published"
 
 CLAIMS = (
     Claim("early training loss: EVA - LoRA", EVA, LORA, "abstract", side="below", column="early"),
@@ -41,6 +42,14 @@ CLAIMS = (
     Claim("accuracy: not centred - LoRA", PLAIN, LORA),
     Claim("accuracy: orthogonal - LoRA", ORTHOGONAL, LORA),
 )
+PUBLISHED_CLAIMS = (
+    Claim("early training loss, as published: EVA - LoRA", EVA, LORA, "abstract", side="below", column="early"),
+    Claim("early training loss, as published: EVA - orthogonal", EVA, ORTHOGONAL, side="below", column="early"),
+    Claim("early training loss, as published: not centred - LoRA", PLAIN, LORA, side="below", column="early"),
+    Claim("accuracy, as published: EVA - LoRA", EVA, LORA, "Table 2: GLUE, RoBERTa-large", 0.3),
+    Claim("accuracy, as published: EVA - orthogonal", EVA, ORTHOGONAL),
+    Claim("accuracy, as published: not centred - LoRA", PLAIN, LORA),
+)
 
 
 def curves(
@@ -49,48 +58,83 @@ def curves(
     sentences: dict[str, Any],
     arms: Sequence[str],
     lrs: Sequence[float],
+    published: dict[str, Any],
+    every: int,
+    r: int,
     **options: Any,
 ) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
-    """Rows, arrays and protocol of the curves."""
+    """Rows, arrays and protocol of the curves.
+
+    Args:
+        each: of :func:`peftref.recording.record`.
+        seeds: of the runs that count.
+        sentences: of :func:`peftref.adapters.experiments._sentences.rotten_tomatoes`, and how many are trained on.
+        arms: at rank ``r`` and strength 1, each at the best of its learning rates.
+        lrs: learning rates to choose from.
+        published: arms, learning rate, rank and ``lora_alpha`` of the published setting, one for all arms.
+        every: how many steps there are between two tests.
+        r: rank.
+        options: of every training.
+    """
     loaded: list[SentenceTask] = []
 
-    def one(arm: str, lr: float, seed: int, scored: str) -> dict[str, Any]:
+    def one(arm: str, seed: int, scored: str, **settings: Any) -> dict[str, Any]:
         if not loaded:
             given = {k: v for k, v in sentences.items() if k not in ("task", "train")}
             loaded.append(rotten_tomatoes(**given) if given else stand_in())
-        return _learn(loaded[0], arm, lr=lr, seed=seed, scored=scored, train=sentences["train"], **options)
+        return _learn(loaded[0], arm, seed=seed, scored=scored, train=sentences["train"], **settings, **options)
 
-    chosen = {}
-    tuning = {}
-    for arm in arms:
-        tries = {lr: each(f"{arm}, rate {lr:g}", one, arm, lr, TUNING_SEED, "val") for lr in lrs}
-        chosen[arm] = max(lrs, key=partial(_score, tries))
-        tuning[arm] = {f"{lr:g}": tries[lr]["accuracy"][-1] for lr in lrs}
+    def tune(arm: str, lr: float) -> list[dict[str, Any]]:
+        settings = {"lr": lr, "r": r, "lora_alpha": r, "every": options["steps"]}
+        return [each(f"{arm}, rate {lr:g}, tuning {s}", one, arm, s, "val", **settings) for s in TUNING_SEEDS]
+
+    tuning = {arm: {lr: _score(tune(arm, lr)) for lr in lrs} for arm in arms}
+    chosen = {arm: max(lrs, key=tuning[arm].__getitem__) for arm in arms}
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    runs |= {arm + AS_PUBLISHED: [] for arm in published["arms"]}
     for seed in seeds:
         for arm in arms:
-            runs[arm].append(each(f"{arm}, rate {chosen[arm]:g}, seed {seed}", one, arm, chosen[arm], seed, "test"))
+            settings = {"lr": chosen[arm], "r": r, "lora_alpha": r, "every": every}
+            runs[arm].append(each(f"{arm}, rate {chosen[arm]:g}, seed {seed}", one, arm, seed, "test", **settings))
+        for arm in published["arms"]:
+            settings = {k: v for k, v in published.items() if k != "arms"} | {"every": every}
+            name = arm + AS_PUBLISHED
+            runs[name].append(each(f"{name}, seed {seed}", one, arm, seed, "test", **settings))
+    rows = _rows(runs, arms, seeds, CLAIMS) + _rows(runs, published["arms"], seeds, PUBLISHED_CLAIMS, AS_PUBLISHED)
+    arrays = {
+        "losses": {name: [run["losses"] for run in found] for name, found in runs.items()},
+        "accuracy": {name: [run["accuracy"] for run in found] for name, found in runs.items()},
+        "tuning": {arm: {f"{lr:g}": scores[lr][0] for lr in lrs} for arm, scores in tuning.items()},
+    }
+    return rows, arrays, {"rates": chosen, "trained": {name: found[0]["trained"] for name, found in runs.items()}}
+
+
+def _score(runs: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """Mean accuracy on validation sentences and, between equals, mean training loss at the end."""
+    accuracy = sum(run["accuracy"][-1] for run in runs)
+    loss = sum(float(run["losses"][-1]) for run in runs)
+    return accuracy / len(runs), -loss / len(runs)
+
+
+def _rows(
+    runs: dict[str, list[dict[str, Any]]],
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    claims: Sequence[Claim],
+    ending: str = "",
+) -> list[dict[str, Any]]:
+    """Findings of the claims whose arms there are; ``ending`` of the arms' names in ``runs``."""
     table = pd.DataFrame(
         [
-            {"method": arm, "seed": seed, "accuracy": r["accuracy"][-1], "early": r["early"]}
-            for arm, found in runs.items()
-            for seed, r in zip(seeds, found, strict=True)
+            {"method": arm, "seed": seed, "accuracy": run["accuracy"][-1], "early": run["early"]}
+            for arm in arms
+            for seed, run in zip(seeds, runs[arm + ending], strict=True)
         ]
     )
-    rows = judged(table, *(claim for claim in CLAIMS if {claim.one, claim.other} <= set(arms)))
-    for row in rows:
+    found = judged(table, *(claim for claim in claims if {claim.one, claim.other} <= set(arms)))
+    for row in found:
         row["unit"] = "nats" if "loss" in row["claim"] else "points"
-    arrays = {
-        "losses": {arm: [r["losses"] for r in found] for arm, found in runs.items()},
-        "accuracy": {arm: [r["accuracy"] for r in found] for arm, found in runs.items()},
-        "tuning": tuning,
-    }
-    return rows, arrays, {"rates": chosen, "trained": {arm: found[0]["trained"] for arm, found in runs.items()}}
-
-
-def _score(tries: dict[float, dict[str, Any]], lr: float) -> tuple[float, float]:
-    """Accuracy on validation sentences and, between equals, training loss."""
-    return tries[lr]["accuracy"][-1], -tries[lr]["losses"][-1]
+    return found
 
 
 def _learn(
@@ -105,6 +149,7 @@ def _learn(
     every: int,
     batch_size: int,
     r: int,
+    lora_alpha: float,
 ) -> dict[str, Any]:
     """One training: losses, in twenty means; and accuracy on one part of the sentences, every so many steps."""
     with torch.random.fork_rng(devices=[]):
@@ -114,7 +159,7 @@ def _learn(
         nn.init.zeros_(net.head.bias)
         sentences = task.train.rows(torch.randperm(len(task.train.y))[:train])
         order = torch.cat([torch.randperm(train) for _ in range(steps * batch_size // train + 1)]).split(batch_size)
-        _adapt(net, arm, sentences, r)
+        _adapt(net, arm, sentences, r, lora_alpha)
         net.head.requires_grad_(True)
         part: Features = getattr(task, scored)
         parts = iter(order)
@@ -140,11 +185,11 @@ def _learn(
     }
 
 
-def _adapt(net: nn.Module, arm: str, sentences: Features, r: int) -> None:
+def _adapt(net: nn.Module, arm: str, sentences: Features, r: int, lora_alpha: float) -> None:
     """Put the arm's LoRA into the network."""
     names = linears(net)
     if arm in (LORA, ORTHOGONAL):
-        inject(net, LoRA, names, r=r, lora_alpha=r)
+        inject(net, LoRA, names, r=r, lora_alpha=lora_alpha)
         for adapter in adapters(net).values() if arm == ORTHOGONAL else ():
             nn.init.orthogonal_(adapter.get_parameter("lora_A.weight"))
         return
@@ -153,12 +198,12 @@ def _adapt(net: nn.Module, arm: str, sentences: Features, r: int) -> None:
         widest = max(net.get_parameter(f"{n}.weight").shape[1] for n in names)
         every = collect(net, names, batches, r=widest, rho=1.0).spectra
         found = Directions(every, dict.fromkeys(names, r), r, len(batches), [])
-        inject_eva(net, found, lora_alpha=r)
+        inject_eva(net, found, lora_alpha=lora_alpha)
         for name, adapter in adapters(net).items():
             adapter.get_parameter("lora_A.weight").data.copy_(every[name].components[-r:])
         return
     rho = 2.0 if arm == DEALT else 1.0
-    inject_eva(net, collect(net, names, batches, r=r, rho=rho, center=arm != PLAIN), lora_alpha=r)
+    inject_eva(net, collect(net, names, batches, r=r, rho=rho, center=arm != PLAIN), lora_alpha=lora_alpha)
 
 
 @torch.no_grad()

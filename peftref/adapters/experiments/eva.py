@@ -5,8 +5,9 @@ directions and ranks that EVA finds are held against the gradient of the loss on
 squared length that lies along :math:`r` directions. A seed draws the reviews.
 
 **Curves.** The last layers of MiniLM-L6 learn whether a sentence of Rotten Tomatoes is positive. The arms differ in
-where :math:`A` starts, and in how ranks are dealt; each has its own learning rate, chosen on validation sentences. A
-seed draws the training sentences, the initialisation and the order anew.
+where :math:`A` starts, and in how ranks are dealt. They run twice: with :math:`\alpha=r`, each arm at its own learning
+rate, chosen on validation sentences; and in the published setting, where rank, :math:`\alpha` and rate are the same for
+all. A seed draws the training sentences, the initialisation and the order anew.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ...results import finding
 from ..baselines.lora import LoRA
 from ..core.injection import inject
 from ..eva import collect, inject_eva
-from ._curves import ARMS, curves
+from ._curves import ARMS, PUBLISHED, curves
 from ._language import StandIn, study
 from ._pieces import Claim
 from .at_scale import LARGE, held_out, record_large
@@ -37,6 +38,7 @@ __all__ = ["MINUTES", "NEEDS", "PRESETS", "run"]
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")  # of matrices in a layer of SmolLM2
 RHOS = [1.0, 1.5, 2.0, 4.0]
+RATES = [3e-4, 1e-3, 3e-3]
 
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
@@ -44,16 +46,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "language": {"model": "stand-in", "reviews": 8, "tokens": 8, "held_out": 4, "r": 2, "rhos": RHOS},
         "sentences": {"task": "stand-in", "train": 32},
         "training": {"arms": list(ARMS), "lrs": [1e-2], "steps": 4, "every": 2, "batch_size": 8, "r": 2},
+        "published": {"arms": list(PUBLISHED), "lr": 1e-2, "r": 4, "lora_alpha": 1},
     },
     "cpu": {
         "seeds": [0, 1, 2, 3, 4],
         "language": {"model": "SmolLM2-135M", "reviews": 8, "tokens": 128, "held_out": 4, "r": 16, "rhos": RHOS},
-        "sentences": {"pool": 2000, "val": 300, "test": 600, "layers": 2, "length": 24, "train": 400},
-        "training": {"arms": list(ARMS[:5]), "lrs": [2e-3, 8e-3], "steps": 150, "every": 150, "batch_size": 8, "r": 4},
+        "sentences": {"pool": 4000, "val": None, "test": None, "layers": 3, "length": 32, "train": 1000},
+        "training": {"arms": list(ARMS), "lrs": RATES, "steps": 240, "every": 60, "batch_size": 16, "r": 4},
+        "published": {"arms": list(PUBLISHED), "lr": 5e-4, "r": 16, "lora_alpha": 1},  # Table 4
     },
     "gpu": {"large": LARGE},
 }
-MINUTES = {"smoke": 0.1, "cpu": 14, "gpu": 8}
+MINUTES = {"smoke": 0.1, "cpu": 80, "gpu": 8}
 NEEDS = {"cpu": ("text", "llm"), "gpu": ("cuda", "cifar100")}
 
 
@@ -76,13 +80,15 @@ def run(
         each: of :func:`peftref.recording.record`.
         data: the reader's folder, for the large network.
         large: settings of the large network.
-        settings: of the small ones: seeds, forward passes, sentences, training.
+        settings: of the small ones: seeds, forward passes, sentences, training, the published setting.
     """
     if large:
         return record_large(each, _large_methods(data), BIG_CLAIMS, data, **large)
     seeds = settings["seeds"]
     rows, arrays = _language(each, seeds, **settings["language"])
-    more_rows, more_arrays, protocol = curves(each, seeds, settings["sentences"], **settings["training"])
+    more_rows, more_arrays, protocol = curves(
+        each, seeds, settings["sentences"], published=settings["published"], **settings["training"]
+    )
     return {"rows": rows + more_rows, "arrays": arrays | more_arrays, "protocol": protocol}
 
 

@@ -1,7 +1,7 @@
 """Bodies and heads of the recorded run of first session adaptation: one body on one stream, and what it gives.
 
 >>> sessions(4, 10)
-[(0, 4), (4, 8), (8, 10)]
+[(0, 4), (4, 9), (9, 10)]
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Arm", "World", "learned", "sessions"]
 
 RIDGES = (0.1, 1.0, 10.0, 100.0)  # relative
 NEAREST = 1e9  # an absolute ridge at which LDA is the nearest class mean
-STEP = 4  # classes of each session after the first, or what is left
+STEP = 5  # classes of each session after the first, or what is left
 BATCH = 20
 LINEAR_RATES = (1e-3, 1e-2)
 LINEAR_EPOCHS = 20

@@ -1,12 +1,15 @@
 r"""First session adaptation of an ImageNet network on photographs: what adapting the body buys, and when.
 
 EfficientNet-Lite0 meets photographs of classes that are drawn anew for each seed, in sessions; as they are, and through
-a bad camera (strong noise). Its body stays as it is, or is adapted to the first session by FiLM or in full; the head is
-LDA throughout, and on the unadapted body the nearest class mean and two linear heads are trained for comparison.
+a bad camera (strong noise); with few images of each class, and with more. Its body stays as it is, or is adapted to the
+first session by FiLM or in full; the head is LDA throughout, and on the unadapted body the nearest class mean and two
+linear heads are trained for comparison. The noisy streams with more images are repeated with a first session of other
+sizes, and with twice the epochs.
 
 A seed draws classes, their order, the images of each class, and the initialisation and batches of the first session.
 Learning rate and ridge of each arm are those with the highest mean accuracy after the last session over tuning runs
-whose classes occur in no run that is reported. The sizes ``t4`` and ``gpu`` are the paper's setting, CIFAR-100.
+whose classes occur in no run that is reported; they are chosen for each domain and number of images, at the first
+session's usual size. The sizes ``t4`` and ``gpu`` are the paper's setting, CIFAR-100.
 """
 
 from __future__ import annotations
@@ -23,13 +26,13 @@ from ...data import load
 from ...models import from_timm
 from ...results import finding
 from ._fsa_bodies import BATCH, RIDGES, STEP, Arm, World, learned
-from ._fsa_rows import rows
+from ._fsa_rows import first_sizes, heads_and_bodies, twice_the_epochs
 from .fsa_at_scale import TAG, run_at_scale
 
 __all__ = ["MINUTES", "NEEDS", "PRESETS", "run"]
 
 DOMAINS = ("clean", "noisy")
-CELLS = tuple((domain, kind) for domain in DOMAINS for kind in ("none", "film", "full"))
+KINDS = ("none", "film", "full")
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
         "source": "fashion8k",
@@ -37,6 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tuning": [2],
         "classes": 5,
         "first": 2,
+        "sizes": [2, 4],
         "shots": [6, 10],
         "test": 20,
         "epochs": 2,
@@ -46,17 +50,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "source": "tiny_imagenet",
         "seeds": [0, 1, 2, 3, 4],
         "tuning": [100, 101],
-        "classes": 20,
-        "first": 8,
+        "classes": 30,
+        "first": 10,
+        "sizes": [5, 10, 20, 30],
         "shots": [20, 50],
-        "test": 40,
+        "test": 25,
         "epochs": 6,
-        "rates": {"film": [1e-3, 3e-3], "full": [1e-4, 5e-4]},
+        "rates": {"film": [3e-4, 1e-3, 3e-3], "full": [3e-5, 1e-4, 3e-4]},
     },
     "t4": {"large": True, "seeds": [0, 1], "epochs": 5, "kinds": ["none", "film"], "size": 224},
     "gpu": {"large": True, "seeds": [0, 1, 2], "epochs": 20, "kinds": ["none", "film", "full"], "size": 224},
 }
-MINUTES = {"smoke": 0.05, "cpu": 13, "t4": 20, "gpu": 9}
+MINUTES = {"smoke": 0.1, "cpu": 55, "t4": 20, "gpu": 9}
 NEEDS: dict[str, tuple[str, ...]] = {
     "smoke": (),
     "cpu": ("vision", "tiny_imagenet"),
@@ -79,64 +84,71 @@ def _small(
     tuning: Sequence[int],
     classes: int,
     first: int,
+    sizes: Sequence[int],
     shots: Sequence[int],
     test: int,
     epochs: int,
     rates: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
     world = functools.cache(lambda: World(source, data, classes, test))
-    few, many = shots
-    base = Arm(seed=0, shots=few, first=first, epochs=epochs)
+    cells = [(domain, n, kind) for domain in DOMAINS for n in shots for kind in KINDS]
+    unadapted = [(domain, n) for domain in DOMAINS for n in shots]
+    base = Arm(seed=0, first=first, epochs=epochs)
 
     @functools.cache
     def body(arm: Arm, held_out: bool = False) -> dict[str, Any]:
         found: dict[str, Any] = each(f"{'tune ' * held_out}{arm.key}", lambda: learned(world(), arm, held_out))
         return found
 
-    chosen: dict[tuple[str, str], tuple[float, int]] = {}
-    for domain, kind in CELLS:
-        scores: dict[tuple[float, int], float] = {}
+    scores: dict[tuple[str, int, str], dict[tuple[float, int], float]] = {cell: {} for cell in cells}
+    for domain, n, kind in cells:
         for rate in rates.get(kind, [0.0]):
-            arm = replace(base, domain=domain, kind=kind, rate=rate)
+            arm = replace(base, domain=domain, shots=n, kind=kind, rate=rate)
             curves = [body(replace(arm, seed=seed), True)["curve"] for seed in tuning]
-            mean = np.mean(curves, axis=0)[:, -1]
-            scores |= {(rate, r): score for r, score in enumerate(mean)}
-        chosen[domain, kind] = max(scores, key=lambda point: scores[point])
+            last = np.mean(curves, axis=0)[:, -1]
+            scores[domain, n, kind] |= {(rate, ridge): score for ridge, score in enumerate(last)}
+    chosen = {cell: max(tried, key=tried.__getitem__) for cell, tried in scores.items()}
 
-    def results(domain: str, kind: str, **changes: Any) -> list[dict[str, Any]]:
-        rate, ridge = chosen[domain, kind]
-        arms = [replace(base, seed=seed, domain=domain, kind=kind, rate=rate, **changes) for seed in seeds]
+    def results(domain: str, n: int, kind: str, **changes: Any) -> list[dict[str, Any]]:
+        rate, ridge = chosen[domain, n, kind]
+        arms = [replace(base, seed=seed, domain=domain, shots=n, kind=kind, rate=rate, **changes) for seed in seeds]
         runs = [body(arm) for arm in arms]
         return [{**run, "last": run["curve"][ridge][-1], "over sessions": run["curve"][ridge]} for run in runs]
 
-    main = {cell: results(*cell) for cell in CELLS}
-    rich = {kind: results("noisy", kind, shots=many) for kind in ("none", "film")}
-    tried = {
-        domain: [body(replace(base, seed=seed, domain=domain), True)["linear"] for seed in tuning] for domain in DOMAINS
-    }
-    linears = {
-        (domain, loss): [
-            run["linear"][loss][_best([one[loss] for one in tried[domain]])] for run in main[domain, "none"]
-        ]
-        for domain in DOMAINS
-        for loss in ("global", "local")
-    }
+    main = {cell: results(*cell) for cell in cells}
+    hard = (DOMAINS[-1], shots[-1])
+    resized = {(size, kind): results(*hard, kind, first=size) for size in sizes for kind in KINDS[1:]}
+    longer = {kind: results(*hard, kind, epochs=2 * epochs) for kind in KINDS[1:]}
+    linears = {}
+    for domain, n in unadapted:
+        tried = [body(replace(base, seed=seed, domain=domain, shots=n), True)["linear"] for seed in tuning]
+        for loss in ("global", "local"):
+            best = _best([one[loss] for one in tried])
+            linears[domain, n, loss] = [run["linear"][loss][best] for run in main[domain, n, "none"]]
     ends = {cell: [run["last"] for run in runs] for cell, runs in main.items()}
-    richer = {kind: [run["last"] for run in runs] for kind, runs in rich.items()}
     nearest = {cell: [run["nearest"] for run in runs] for cell, runs in main.items()}
+    resized_ends = {key: [run["last"] for run in runs] for key, runs in resized.items()}
+    longer_ends = {kind: [run["last"] for run in runs] for kind, runs in longer.items()}
     return {
-        "rows": rows(ends, richer, nearest, linears, [run["nearest"] for run in rich["none"]], few=few, many=many),
+        "rows": [
+            *heads_and_bodies(ends, nearest, linears),
+            *first_sizes(resized_ends, ends[(*hard, "none")], hard, usual=first),
+            *twice_the_epochs(longer_ends, ends, hard),
+        ],
         "arrays": {
-            "last": [ends[cell] for cell in CELLS],
-            "curves": [[run["over sessions"] for run in main[cell]] for cell in CELLS],
-            "nearest": [nearest[cell] for cell in CELLS],
-            "official": [[run["official"] for run in main[cell]] for cell in CELLS],
-            "ridges": [[[curve[-1] for curve in run["curve"]] for run in main[cell]] for cell in CELLS],
-            "within": [[run["within"] for run in main[cell]] for cell in CELLS],
-            "losses": [np.mean([run["losses"] for run in main[cell]], 0) for cell in CELLS if cell[1] != "none"],
-            "distance": [[run["distance"] for run in main[domain, "none"]] for domain in DOMAINS],
-            "moved": [main[cell][0]["moved"] for cell in CELLS],
-            "many": [richer[kind] for kind in richer],
+            "last": [ends[cell] for cell in cells],
+            "curves": [[run["over sessions"] for run in main[cell]] for cell in cells],
+            "nearest": [nearest[cell] for cell in cells],
+            "official": [[run["official"] for run in main[cell]] for cell in cells],
+            "ridges": [[[curve[-1] for curve in run["curve"]] for run in main[cell]] for cell in cells],
+            "within": [[run["within"] for run in main[cell]] for cell in cells],
+            "losses": {
+                _named(cell): np.mean([r["losses"] for r in main[cell]], 0) for cell in cells if cell[2] != "none"
+            },
+            "longer": {kind: np.mean([run["losses"] for run in runs], 0) for kind, runs in longer.items()},
+            "distance": [[run["distance"] for run in main[(*key, "none")]] for key in unadapted],
+            "moved": [main[cell][0]["moved"] for cell in cells],
+            "sizes": {kind: [resized_ends[size, kind] for size in sizes] for kind in KINDS[1:]},
             "linear": [linears[key] for key in linears],
         },
         "protocol": {
@@ -147,14 +159,24 @@ def _small(
             else "pretrained('mnist5k')",
             "images": "drawn from the first 100 training and all validation images of each class, 64 pixels",
             "noisy": "corrupt(x, 'gaussian_noise', 3, table='imagenet')",
-            "cells": [list(cell) for cell in CELLS],
+            "cells": [list(cell) for cell in cells],
+            "unadapted": [list(key) for key in unadapted],
             "linear": [list(key) for key in linears],
             "ridges": list(RIDGES),
-            "chosen": {f"{d}, {k}": {"rate": rate, "ridge": RIDGES[r]} for (d, k), (rate, r) in chosen.items()},
+            "chosen": {_named(cell): {"rate": rate, "ridge": RIDGES[r]} for cell, (rate, r) in chosen.items()},
+            "tuning scores": {
+                _named(cell): {f"{rate:g}": max(v for (q, _), v in tried.items() if q == rate) for rate, _ in tried}
+                for cell, tried in scores.items()
+            },
             "optimiser": f"Adam, batches of {BATCH}, dropout 0.5, rate times 0.7 after 1/4, 1/2 and 3/4 of the epochs",
             "sessions": f"the first, then {STEP} classes each",
         },
     }
+
+
+def _named(cell: tuple[str, int, str]) -> str:
+    domain, n, kind = cell
+    return f"{domain}, {n}, {kind}"
 
 
 def _best(runs: Sequence[Sequence[float]]) -> int:
