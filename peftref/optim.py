@@ -40,7 +40,7 @@ __all__ = ["ForeachOptimizer"]
 
 
 class ForeachOptimizer(torch.optim.Optimizer):
-    """An optimiser whose rule is :meth:`update`, on lists of tensors of one device and type.
+    """An optimiser whose rule, ``update``, gets lists of tensors of one device and type.
 
     Settings are checked when a group is added, which leaves nothing behind if it is refused, and at every step before
     the closure runs and before anything moves, since they may be changed in between. Parameters without gradient are

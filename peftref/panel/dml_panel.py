@@ -102,7 +102,7 @@ def aipw_score(y: Tensor, w: Tensor, g0: Tensor, g1: Tensor, m: Tensor, clip: fl
 
 
 class PanelDML(BaseEstimator):
-    """The effect of a treatment in a panel, ``PanelDML("cre").fit(y, w, x, unit, time)``; see :meth:`summary`.
+    """The effect of a treatment in a panel, ``PanelDML("cre").fit(y, w, x, unit, time)``; then ``summary()``.
 
     Residuals u of the outcome and v of the treatment, each predicted for rows that the learner has not seen; the
     estimate is theta = sum(v u) / sum(v^2).

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
+import peftref.adapters
 from peftref.adapters.adaptformer import AdaptFormer
 from peftref.adapters.baselines.hyperformer import Hyperformer, HyperNet
 from peftref.adapters.baselines.lora import LoRA
@@ -167,6 +168,13 @@ linear = pytest.mark.parametrize(
     ("method", "layer", "bias"), [case for case in CASES if METHODS[case.values[0]].kind.mergeable]
 )
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def test_every_public_adapter_has_a_row() -> None:
+    public = [getattr(peftref.adapters, name) for name in peftref.adapters.__all__]
+    kinds = {kind for kind in public if isinstance(kind, type) and issubclass(kind, Adapter) and kind is not Adapter}
+    methods = {kind for kind in kinds if ".experiments." not in kind.__module__}  # what only one experiment needs
+    assert methods and methods <= {row.kind for row in METHODS.values()}
 
 
 class Pair(nn.Module):

@@ -113,7 +113,7 @@ def test_equations_are_rendered_and_the_console_is_clean(browser: Browser, site:
 
 def test_dark_theme(browser: Browser, site: str, names: list[str]) -> None:
     with Visit(browser, site, theme="dark") as visit:
-        for name in names:
+        for name in (name for name in names if not name.startswith("book/api/")):  # the reference has no figures
             page = visit.open(name)
             assert page.evaluate("document.documentElement.dataset.theme") == "dark"
             assert page.evaluate(LIGHT_ON_DARK) == [], f"{name}: a light card behind a transparent figure"

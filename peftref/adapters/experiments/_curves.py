@@ -1,4 +1,4 @@
-"""Learning curves of EVA and its rivals on a task of sentences; see :mod:`peftref.adapters.experiments.eva`."""
+"""EVA and its rivals learn to judge sentences; see :mod:`peftref.adapters.experiments.eva`."""
 
 from __future__ import annotations
 
@@ -18,18 +18,16 @@ from ..eva import Directions, collect, inject_eva
 from ._pieces import Claim, judged
 from ._sentences import Features, SentenceTask, linears, rotten_tomatoes, stand_in
 
-__all__ = ["ARMS", "PUBLISHED", "curves"]
+__all__ = ["ARMS", "curves"]
 
+HEAD = "head only"
 LORA = "LoRA"
-ORTHOGONAL = "orthogonal"
 EVA = "EVA"
 DEALT = "EVA, dealt ranks"
 PLAIN = "EVA, not centred"
 MINOR = "minor components"
-ARMS = (LORA, ORTHOGONAL, EVA, DEALT, MINOR, PLAIN)
-PUBLISHED = (LORA, ORTHOGONAL, EVA, PLAIN)
-TUNING_SEEDS = (1000, 1001)  # of the runs that choose a learning rate; none of the runs that count
-AS_PUBLISHED = ", as published"
+ARMS = (HEAD, LORA, EVA, DEALT, MINOR, PLAIN)
+TUNING_SEEDS = (1000,)  # of the runs that choose a learning rate; none of the runs that count
 
 CLAIMS = (
     Claim("early training loss: EVA - LoRA", EVA, LORA, "abstract", side="below", column="early"),
@@ -37,18 +35,9 @@ CLAIMS = (
     Claim("accuracy: EVA - LoRA", EVA, LORA, "Table 2: GLUE, RoBERTa-large", 0.3),
     Claim("accuracy: dealt ranks - uniform ranks", DEALT, EVA, "Table 11: commonsense, Llama-3.1-8B", 0.1),
     Claim("accuracy: EVA - minor components", EVA, MINOR, "Table 12: commonsense, Llama-2-7B", 1.4),
-    Claim("accuracy: EVA - orthogonal", EVA, ORTHOGONAL),
     Claim("accuracy: not centred - centred", PLAIN, EVA),
     Claim("accuracy: not centred - LoRA", PLAIN, LORA),
-    Claim("accuracy: orthogonal - LoRA", ORTHOGONAL, LORA),
-)
-PUBLISHED_CLAIMS = (
-    Claim("early training loss, as published: EVA - LoRA", EVA, LORA, "abstract", side="below", column="early"),
-    Claim("early training loss, as published: EVA - orthogonal", EVA, ORTHOGONAL, side="below", column="early"),
-    Claim("early training loss, as published: not centred - LoRA", PLAIN, LORA, side="below", column="early"),
-    Claim("accuracy, as published: EVA - LoRA", EVA, LORA, "Table 2: GLUE, RoBERTa-large", 0.3),
-    Claim("accuracy, as published: EVA - orthogonal", EVA, ORTHOGONAL),
-    Claim("accuracy, as published: not centred - LoRA", PLAIN, LORA),
+    Claim("accuracy: LoRA - head only", LORA, HEAD),
 )
 
 
@@ -58,7 +47,6 @@ def curves(
     sentences: dict[str, Any],
     arms: Sequence[str],
     lrs: Sequence[float],
-    published: dict[str, Any],
     every: int,
     r: int,
     **options: Any,
@@ -69,9 +57,8 @@ def curves(
         each: of :func:`peftref.recording.record`.
         seeds: of the runs that count.
         sentences: of :func:`peftref.adapters.experiments._sentences.rotten_tomatoes`, and how many are trained on.
-        arms: at rank ``r`` and strength 1, each at the best of its learning rates.
+        arms: each at the best of its learning rates.
         lrs: learning rates to choose from.
-        published: arms, learning rate, rank and ``lora_alpha`` of the published setting, one for all arms.
         every: how many steps there are between two tests.
         r: rank.
         options: of every training.
@@ -85,22 +72,17 @@ def curves(
         return _learn(loaded[0], arm, seed=seed, scored=scored, train=sentences["train"], **settings, **options)
 
     def tune(arm: str, lr: float) -> list[dict[str, Any]]:
-        settings = {"lr": lr, "r": r, "lora_alpha": r, "every": options["steps"]}
+        settings = {"lr": lr, "r": r, "every": options["steps"]}
         return [each(f"{arm}, rate {lr:g}, tuning {s}", one, arm, s, "val", **settings) for s in TUNING_SEEDS]
 
     tuning = {arm: {lr: _score(tune(arm, lr)) for lr in lrs} for arm in arms}
     chosen = {arm: max(lrs, key=tuning[arm].__getitem__) for arm in arms}
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
-    runs |= {arm + AS_PUBLISHED: [] for arm in published["arms"]}
     for seed in seeds:
         for arm in arms:
-            settings = {"lr": chosen[arm], "r": r, "lora_alpha": r, "every": every}
+            settings = {"lr": chosen[arm], "r": r, "every": every}
             runs[arm].append(each(f"{arm}, rate {chosen[arm]:g}, seed {seed}", one, arm, seed, "test", **settings))
-        for arm in published["arms"]:
-            settings = {k: v for k, v in published.items() if k != "arms"} | {"every": every}
-            name = arm + AS_PUBLISHED
-            runs[name].append(each(f"{name}, seed {seed}", one, arm, seed, "test", **settings))
-    rows = _rows(runs, arms, seeds, CLAIMS) + _rows(runs, published["arms"], seeds, PUBLISHED_CLAIMS, AS_PUBLISHED)
+    rows = _rows(runs, seeds)
     arrays = {
         "losses": {name: [run["losses"] for run in found] for name, found in runs.items()},
         "accuracy": {name: [run["accuracy"] for run in found] for name, found in runs.items()},
@@ -116,22 +98,16 @@ def _score(runs: Sequence[dict[str, Any]]) -> tuple[float, float]:
     return accuracy / len(runs), -loss / len(runs)
 
 
-def _rows(
-    runs: dict[str, list[dict[str, Any]]],
-    arms: Sequence[str],
-    seeds: Sequence[int],
-    claims: Sequence[Claim],
-    ending: str = "",
-) -> list[dict[str, Any]]:
-    """Findings of the claims whose arms there are; ``ending`` of the arms' names in ``runs``."""
+def _rows(runs: dict[str, list[dict[str, Any]]], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Findings of the claims whose arms there are."""
     table = pd.DataFrame(
         [
             {"method": arm, "seed": seed, "accuracy": run["accuracy"][-1], "early": run["early"]}
-            for arm in arms
-            for seed, run in zip(seeds, runs[arm + ending], strict=True)
+            for arm, found in runs.items()
+            for seed, run in zip(seeds, found, strict=True)
         ]
     )
-    found = judged(table, *(claim for claim in claims if {claim.one, claim.other} <= set(arms)))
+    found = judged(table, *(claim for claim in CLAIMS if {claim.one, claim.other} <= set(runs)))
     for row in found:
         row["unit"] = "nats" if "loss" in row["claim"] else "points"
     return found
@@ -149,7 +125,6 @@ def _learn(
     every: int,
     batch_size: int,
     r: int,
-    lora_alpha: float,
 ) -> dict[str, Any]:
     """One training: losses, in twenty means; and accuracy on one part of the sentences, every so many steps."""
     with torch.random.fork_rng(devices=[]):
@@ -159,7 +134,7 @@ def _learn(
         nn.init.zeros_(net.head.bias)
         sentences = task.train.rows(torch.randperm(len(task.train.y))[:train])
         order = torch.cat([torch.randperm(train) for _ in range(steps * batch_size // train + 1)]).split(batch_size)
-        _adapt(net, arm, sentences, r, lora_alpha)
+        _adapt(net, arm, sentences, r)
         net.head.requires_grad_(True)
         part: Features = getattr(task, scored)
         parts = iter(order)
@@ -185,25 +160,26 @@ def _learn(
     }
 
 
-def _adapt(net: nn.Module, arm: str, sentences: Features, r: int, lora_alpha: float) -> None:
+def _adapt(net: nn.Module, arm: str, sentences: Features, r: int) -> None:
     """Put the arm's LoRA into the network."""
     names = linears(net)
-    if arm in (LORA, ORTHOGONAL):
-        inject(net, LoRA, names, r=r, lora_alpha=lora_alpha)
-        for adapter in adapters(net).values() if arm == ORTHOGONAL else ():
-            nn.init.orthogonal_(adapter.get_parameter("lora_A.weight"))
+    if arm == HEAD:
+        net.requires_grad_(False)
+        return
+    if arm == LORA:
+        inject(net, LoRA, names, r=r, lora_alpha=r)
         return
     batches = [sentences.rows(i).inputs() for i in torch.arange(len(sentences.y)).split(50)]
     if arm == MINOR:  # all components, of which the last are taken
         widest = max(net.get_parameter(f"{n}.weight").shape[1] for n in names)
         every = collect(net, names, batches, r=widest, rho=1.0).spectra
         found = Directions(every, dict.fromkeys(names, r), r, len(batches), [])
-        inject_eva(net, found, lora_alpha=lora_alpha)
+        inject_eva(net, found, lora_alpha=r)
         for name, adapter in adapters(net).items():
             adapter.get_parameter("lora_A.weight").data.copy_(every[name].components[-r:])
         return
     rho = 2.0 if arm == DEALT else 1.0
-    inject_eva(net, collect(net, names, batches, r=r, rho=rho, center=arm != PLAIN), lora_alpha=lora_alpha)
+    inject_eva(net, collect(net, names, batches, r=r, rho=rho, center=arm != PLAIN), lora_alpha=r)
 
 
 @torch.no_grad()

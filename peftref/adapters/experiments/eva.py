@@ -4,16 +4,18 @@ r"""EVA on language: what it finds in SmolLM2-135M, and how MiniLM learns from i
 directions and ranks that EVA finds are held against the gradient of the loss on *other* reviews: the share of its
 squared length that lies along :math:`r` directions. A seed draws the reviews.
 
-**Curves.** The last layers of MiniLM-L6 learn whether a sentence of Rotten Tomatoes is positive. The arms differ in
-where :math:`A` starts, and in how ranks are dealt. They run twice: with :math:`\alpha=r`, each arm at its own learning
-rate, chosen on validation sentences; and in the published setting, where rank, :math:`\alpha` and rate are the same for
-all. A seed draws the training sentences, the initialisation and the order anew.
+**Next words.** LoRAs on all of these matrices learn to continue reviews, from four starts, in the published setting:
+one rank, :math:`\alpha=1` and one learning rate for all. A seed draws the reviews and the initialisation.
+
+**Sentences.** The last layers of MiniLM-L6 learn whether a sentence of Rotten Tomatoes is positive. The arms differ in
+where :math:`A` starts, and in how ranks are dealt; each has its own learning rate, chosen on validation sentences. A
+seed draws the training sentences, the initialisation and the order anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,9 @@ from ...results import finding
 from ..baselines.lora import LoRA
 from ..core.injection import inject
 from ..eva import collect, inject_eva
-from ._curves import ARMS, PUBLISHED, curves
+from ._curves import ARMS, curves
 from ._language import StandIn, study
+from ._next_words import next_words
 from ._pieces import Claim
 from .at_scale import LARGE, held_out, record_large
 from .transfer import LINEARS
@@ -38,22 +41,24 @@ __all__ = ["MINUTES", "NEEDS", "PRESETS", "run"]
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")  # of matrices in a layer of SmolLM2
 RHOS = [1.0, 1.5, 2.0, 4.0]
+POOL = 80  # reviews for each seed
 RATES = [3e-4, 1e-3, 3e-3]
+PUBLISHED = {"lr": 5e-4, "r": 16, "lora_alpha": 1}  # Table 4
 
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
         "seeds": [0, 1],
         "language": {"model": "stand-in", "reviews": 8, "tokens": 8, "held_out": 4, "r": 2, "rhos": RHOS},
+        "next_words": {"looked_at": 4, "steps": 2, "batch_size": 2, "held_out": 2, "lr": 1e-2, "r": 2, "lora_alpha": 1},
         "sentences": {"task": "stand-in", "train": 32},
         "training": {"arms": list(ARMS), "lrs": [1e-2], "steps": 4, "every": 2, "batch_size": 8, "r": 2},
-        "published": {"arms": list(PUBLISHED), "lr": 1e-2, "r": 4, "lora_alpha": 1},
     },
     "cpu": {
         "seeds": [0, 1, 2, 3, 4],
         "language": {"model": "SmolLM2-135M", "reviews": 8, "tokens": 128, "held_out": 4, "r": 16, "rhos": RHOS},
-        "sentences": {"pool": 4000, "val": None, "test": None, "layers": 3, "length": 32, "train": 1000},
-        "training": {"arms": list(ARMS), "lrs": RATES, "steps": 240, "every": 60, "batch_size": 16, "r": 4},
-        "published": {"arms": list(PUBLISHED), "lr": 5e-4, "r": 16, "lora_alpha": 1},  # Table 4
+        "next_words": {"looked_at": 8, "steps": 24, "batch_size": 2, "held_out": 16, **PUBLISHED},
+        "sentences": {"pool": 4000, "val": 500, "test": None, "layers": 3, "length": 32, "train": 1000},
+        "training": {"arms": list(ARMS), "lrs": RATES, "steps": 160, "every": 80, "batch_size": 16, "r": 4},
     },
     "gpu": {"large": LARGE},
 }
@@ -74,22 +79,24 @@ def run(
     large: dict[str, Any] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Both studies, or the large network.
+    """All three studies, or the large network.
 
     Args:
         each: of :func:`peftref.recording.record`.
         data: the reader's folder, for the large network.
         large: settings of the large network.
-        settings: of the small ones: seeds, forward passes, sentences, training, the published setting.
+        settings: of the small ones: seeds, forward passes, next words, sentences, training.
     """
     if large:
         return record_large(each, _large_methods(data), BIG_CLAIMS, data, **large)
     seeds = settings["seeds"]
-    rows, arrays = _language(each, seeds, **settings["language"])
-    more_rows, more_arrays, protocol = curves(
-        each, seeds, settings["sentences"], published=settings["published"], **settings["training"]
-    )
-    return {"rows": rows + more_rows, "arrays": arrays | more_arrays, "protocol": protocol}
+    language = settings["language"]
+    pool = POOL * (max(seeds) + 1)
+    load = cache(lambda: _model_and_blocks(language["model"], language["tokens"], pool))
+    captured, arrays = _captured(each, seeds, load, **language)
+    continued, more = next_words(each, seeds, load, **settings["next_words"])
+    learned, curve_arrays, protocol = curves(each, seeds, settings["sentences"], **settings["training"])
+    return {"rows": captured + continued + learned, "arrays": arrays | more | curve_arrays, "protocol": protocol}
 
 
 def _large_methods(data: Path | None) -> dict[str, Callable[[nn.Module], object]]:
@@ -107,20 +114,23 @@ def _large_methods(data: Path | None) -> dict[str, Callable[[nn.Module], object]
     }
 
 
-def _language(
-    each: Callable[..., Any], seeds: Sequence[int], model: str, reviews: int, tokens: int, held_out: int, **options: Any
+def _captured(
+    each: Callable[..., Any],
+    seeds: Sequence[int],
+    load: Callable[[], tuple[nn.Module, Tensor]],
+    model: str,
+    reviews: int,
+    held_out: int,
+    tokens: int,
+    **options: Any,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows and arrays of the forward passes."""
-    loaded: dict[str, Any] = {}
 
     def one(seed: int) -> dict[str, Any]:
-        if not loaded:
-            loaded["model"], loaded["blocks"] = _model_and_blocks(
-                model, tokens, (reviews + held_out) * (max(seeds) + 1)
-            )
-        order = torch.randperm(len(loaded["blocks"]), generator=torch.Generator().manual_seed(seed))
-        chosen = loaded["blocks"][order[: reviews + held_out]]
-        return study(loaded["model"], chosen[:reviews], chosen[reviews:], **options)
+        network, blocks = load()
+        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
+        chosen = blocks[order[: reviews + held_out]]
+        return study(network, chosen[:reviews], chosen[reviews:], **options)
 
     found = [each(f"{model}, reviews {seed}", one, seed) for seed in seeds]
     share = {kind: torch.tensor([f["captured"][kind] for f in found]) for kind in found[0]["captured"]}

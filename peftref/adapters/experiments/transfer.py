@@ -152,7 +152,7 @@ def adapt(
     start: Callable[[int], nn.Module] = fresh,
     device: torch.device | str = "cpu",
 ) -> Run:
-    """Train what ``build`` leaves trainable, and the head, by :func:`train`.
+    """Train what ``build`` leaves trainable, and the head, by :func:`peftref.fitting.train`.
 
     Args:
         build: gets the network to start from and changes it in place, as

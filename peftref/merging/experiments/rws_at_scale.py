@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...at_scale import shifted_crop
 from ...data import Dataset, Split
 from ...data.domains import domain_names, generator_for, shift
 from ...models.cnn import Normalised, from_timm
@@ -140,7 +141,7 @@ def tune(model: nn.Module, data: Split, epochs: int, *, seed: int = 0) -> nn.Mod
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(0.4 * epochs), round(0.8 * epochs)], gamma=0.1)
     for _ in range(epochs):
         for rows in torch.randperm(len(y), generator=generator).split(BATCH):
-            batch = _floats(_cropped(x[rows.to(device)], generator))
+            batch = _floats(shifted_crop(x[rows.to(device)], generator))
             F.cross_entropy(model(batch), y[rows.to(device)]).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -182,19 +183,3 @@ def _blocks(x: Tensor, device: torch.device) -> Iterator[Tensor]:
 
 def _floats(x: Tensor) -> Tensor:
     return x if x.is_floating_point() else x.float().div_(255)
-
-
-def _cropped(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
-    """Each image shifted by up to ``pad`` pixels, zeros coming in, and half of them mirrored."""
-    n, channels, height, width = x.shape
-    dy, dx = torch.randint(2 * pad + 1, (2, n, 1), generator=generator)
-    flip = torch.rand(n, 1, generator=generator) < 0.5
-    columns = torch.arange(width)
-    i = dy + torch.arange(height)
-    j = dx + torch.where(flip, columns.flip(0), columns)
-    i = i.to(x.device)
-    j = j.to(x.device)
-    padded = F.pad(x, (pad, pad, pad, pad))
-    image = torch.arange(n, device=x.device)
-    channel = torch.arange(channels, device=x.device)
-    return padded[image.view(-1, 1, 1, 1), channel.view(-1, 1, 1), i[:, None, :, None], j[:, None, None, :]]

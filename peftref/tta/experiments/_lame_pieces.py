@@ -17,7 +17,7 @@ from ...models import efficientnet_lite0, pretrained
 from ..baselines.bn_adapt import BNAdapt
 from ..baselines.tent import Tent
 from ..core.graphs import Neighbours, affinity
-from ..lame import LAME, laplacian_assign
+from ..lame import laplacian_assign
 
 LENGTH = 16  # photographs of a class in a stream: the longest run
 BLOCK = 96  # images that pass the network at a time
@@ -35,12 +35,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "knn, k = 15": {"kind": "knn", "k": 15},
     "rbf, row sums 5": {"kind": "rbf", "row_sum": 5.0},
 }
-#: What meets the stream batch by batch; the number is TENT's learning rate.
+#: What runs the network again for each order; the number is TENT's learning rate.
 ONLINE: dict[str, Callable[[nn.Module, float], nn.Module]] = {
-    "source": lambda net, _: net,
     "BN-adapt": lambda net, _: BNAdapt(net),
     "TENT": lambda net, rate: Tent(net, rate),
-    "LAME": lambda net, _: LAME(net, "rbf"),
 }
 
 
