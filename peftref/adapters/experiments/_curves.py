@@ -23,20 +23,14 @@ __all__ = ["ARMS", "curves"]
 HEAD = "head only"
 LORA = "LoRA"
 EVA = "EVA"
-DEALT = "EVA, dealt ranks"
-PLAIN = "EVA, not centred"
 MINOR = "minor components"
-ARMS = (HEAD, LORA, EVA, DEALT, MINOR, PLAIN)
+ARMS = (HEAD, LORA, EVA, MINOR)
 TUNING_SEEDS = (1000,)  # of the runs that choose a learning rate; none of the runs that count
 
 CLAIMS = (
     Claim("early training loss: EVA - LoRA", EVA, LORA, "abstract", side="below", column="early"),
-    Claim("early training loss: not centred - LoRA", PLAIN, LORA, side="below", column="early"),
     Claim("accuracy: EVA - LoRA", EVA, LORA, "Table 2: GLUE, RoBERTa-large", 0.3),
-    Claim("accuracy: dealt ranks - uniform ranks", DEALT, EVA, "Table 11: commonsense, Llama-3.1-8B", 0.1),
     Claim("accuracy: EVA - minor components", EVA, MINOR, "Table 12: commonsense, Llama-2-7B", 1.4),
-    Claim("accuracy: not centred - centred", PLAIN, EVA),
-    Claim("accuracy: not centred - LoRA", PLAIN, LORA),
     Claim("accuracy: LoRA - head only", LORA, HEAD),
 )
 
@@ -178,8 +172,7 @@ def _adapt(net: nn.Module, arm: str, sentences: Features, r: int) -> None:
         for name, adapter in adapters(net).items():
             adapter.get_parameter("lora_A.weight").data.copy_(every[name].components[-r:])
         return
-    rho = 2.0 if arm == DEALT else 1.0
-    inject_eva(net, collect(net, names, batches, r=r, rho=rho, center=arm != PLAIN), lora_alpha=r)
+    inject_eva(net, collect(net, names, batches, r=r, rho=1.0), lora_alpha=r)
 
 
 @torch.no_grad()

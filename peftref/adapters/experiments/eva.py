@@ -8,8 +8,8 @@ squared length that lies along :math:`r` directions. A seed draws the reviews.
 one rank, :math:`\alpha=1` and one learning rate for all. A seed draws the reviews and the initialisation.
 
 **Sentences.** The last layers of MiniLM-L6 learn whether a sentence of Rotten Tomatoes is positive. The arms differ in
-where :math:`A` starts, and in how ranks are dealt; each has its own learning rate, chosen on validation sentences. A
-seed draws the training sentences, the initialisation and the order anew.
+where :math:`A` starts; a head without any LoRA is the control. Each has its own learning rate, chosen on validation
+sentences. A seed draws the training sentences, the initialisation and the order anew.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "language": {"model": "SmolLM2-135M", "reviews": 8, "tokens": 128, "held_out": 4, "r": 16, "rhos": RHOS},
         "next_words": {"looked_at": 8, "steps": 24, "batch_size": 2, "held_out": 16, **PUBLISHED},
         "sentences": {"pool": 4000, "val": 500, "test": None, "layers": 3, "length": 32, "train": 1000},
-        "training": {"arms": list(ARMS), "lrs": RATES, "steps": 160, "every": 80, "batch_size": 16, "r": 4},
+        "training": {"arms": list(ARMS), "lrs": RATES, "steps": 140, "every": 70, "batch_size": 16, "r": 4},
     },
     "gpu": {"large": LARGE},
 }
-MINUTES = {"smoke": 0.1, "cpu": 80, "gpu": 8}
+MINUTES = {"smoke": 0.1, "cpu": 60, "gpu": 8}
 NEEDS = {"cpu": ("text", "llm"), "gpu": ("cuda", "cifar100")}
 
 
