@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftref.adapters import LoRA, adapters, inject
-from peftref.adapters.experiments import _curves, _language
+from peftref.adapters.experiments import _curves, _language, _next_words
 from peftref.adapters.experiments._language import StandIn, captured, gradients, study
 from peftref.adapters.experiments._sentences import Top, linears, rotten_tomatoes, stand_in
 
@@ -81,9 +82,11 @@ def test_an_arm_starts_as_the_frozen_network(arm: str) -> None:
     torch.manual_seed(0)
     _curves._adapt(task.top, arm, part, r=2)
     assert torch.equal(task.top(**part.inputs()), before)
+    if arm == _curves.HEAD:
+        assert not any(p.requires_grad for p in task.top.layers.parameters())
+        return
     found = adapters(task.top)
-    ranks = [a.r for a in found.values()]
-    assert sum(ranks) == 2 * len(linears(stand_in().top)) and (arm == _curves.DEALT or set(ranks) == {2})
+    assert [a.r for a in found.values()] == [2] * len(linears(stand_in().top))
     for adapter in found.values():
         gram = adapter.lora_A.weight @ adapter.lora_A.weight.T
         assert torch.allclose(gram, torch.eye(len(gram)), atol=1e-4) == (arm != _curves.LORA)
@@ -91,15 +94,54 @@ def test_an_arm_starts_as_the_frozen_network(arm: str) -> None:
 
 def test_minor_components_explain_least() -> None:
     variance = {}
-    for arm in (_curves.EVA, _curves.MINOR, _curves.ORTHOGONAL):
+    for arm in (_curves.EVA, _curves.MINOR):
         task = stand_in()
         part = task.train.rows(torch.arange(64))
         torch.manual_seed(0)
         _curves._adapt(task.top, arm, part, r=2)
-        A = adapters(task.top)["layers.0.attn.qkv"].lora_A.weight
-        x = task.top.layers[0].norm1(part.hidden).flatten(0, 1)
+        A = adapters(task.top)["layers.0.attn.qkv"].lora_A.weight.detach()
+        x = task.top.layers[0].norm1(part.hidden).flatten(0, 1).detach()
         variance[arm] = float(((x - x.mean(0)) @ A.T).square().sum())
-    assert variance[_curves.MINOR] < variance[_curves.ORTHOGONAL] < variance[_curves.EVA]
+        total = float((x - x.mean(0)).square().sum())
+    assert variance[_curves.MINOR] < 2 / 16 * total < variance[_curves.EVA]  # random rows: r of the 16 dimensions
+
+
+@pytest.mark.parametrize("arm", _next_words.NEXT_WORDS_ARMS)
+def test_next_words_start_from_the_model_and_learn(arm: str) -> None:
+    model = StandIn()
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    tokens = blocks(10)
+    options = {"lr": 1e-2, "r": 2, "lora_alpha": 1}
+    run = _next_words._learn(model, arm, tokens[:4], tokens[4:8].repeat(5, 1).split(2), tokens[8:], 0, **options)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())  # a copy learns
+    assert run["losses"][0] == pytest.approx(_next_words._loss(model, tokens[4:6]), abs=1e-5)  # B = 0
+    assert run["before"] == pytest.approx(_next_words._loss(model, tokens[8:]), abs=1e-6)
+    assert len(run["losses"]) == 10 and sum(run["losses"][-2:]) < sum(run["losses"][:2])
+    again = _next_words._learn(model, arm, tokens[:4], tokens[4:8].repeat(5, 1).split(2), tokens[8:], 0, **options)
+    assert again == run
+
+
+def test_next_words_draw_no_block_twice() -> None:
+    seen: list[torch.Tensor] = []
+
+    class Watched(StandIn):
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+            seen.append(input_ids)
+            return super().forward(input_ids, labels)
+
+    tokens = torch.arange(12 * 20).view(20, 12) % 20
+    tokens[:, 0] = torch.arange(20)  # names the block
+    counts = {"looked_at": 4, "steps": 2, "batch_size": 3, "held_out": 2}
+    options = {"lr": 1e-2, "r": 2, "lora_alpha": 1}
+    rows, arrays = _next_words.next_words(
+        lambda _, job, *a: job(*a), [0, 1], lambda: (Watched(), tokens), **counts, **options
+    )
+    assert len(rows) == 5 and [len(v) for v in arrays["next_words"]["after"].values()] == [2] * 4
+    assert {row["unit"] for row in rows} == {"nats"}
+    first = [part[:, 0] for part in seen[:6]]  # LoRA, seed 0: held out twice before, two steps, held out twice after
+    assert len(torch.cat(first[:4]).unique()) == 2 + 6 and torch.equal(torch.cat(first[:2]), torch.cat(first[4:]))
 
 
 def test_a_seed_draws_everything_and_nothing_else_does() -> None:
