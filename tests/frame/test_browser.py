@@ -40,6 +40,13 @@ TOO_WIDE = """() => document.documentElement.scrollWidth <= innerWidth ? [] :
       if (q.tagName === 'ARTICLE') return true; else if (getComputedStyle(q).overflowX !== 'visible') return false;
   }).map(e => e.outerHTML.slice(0, 120)).slice(0, 5).concat([`${document.documentElement.scrollWidth} px wide`])"""
 
+# An equation inside a sentence that is wider than its column, and does not scroll by itself.
+CUT_OFF = """() => [...document.querySelectorAll('article span.math')].filter(e =>
+  getComputedStyle(e).overflowX !== 'auto' &&
+  e.firstElementChild?.getBoundingClientRect().width > e.closest('p, li, dd, td, th, div').clientWidth
+  ).map(e => e.textContent.slice(0, 80))"""
+SHORTEST = 100  # pixels of a slider's track, to be moved by a finger
+
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
     """A file server that logs nothing."""
@@ -123,7 +130,11 @@ def test_dark_theme(browser: Browser, site: str, names: list[str]) -> None:
 def test_phone(browser: Browser, site: str, names: list[str]) -> None:
     with Visit(browser, site, width=375) as visit:
         for name in [*names, "search.html?q=lame", "genindex.html"]:
-            assert visit.open(name).evaluate(TOO_WIDE) == [], f"{name}: scrolls sideways"
+            page = visit.open(name)
+            assert page.evaluate(TOO_WIDE) == [], f"{name}: scrolls sideways"
+            assert page.evaluate(CUT_OFF) == [], f"{name}: an equation is cut"
+            tracks = page.locator(".noUi-base").evaluate_all("all => all.map(e => e.getBoundingClientRect().width)")
+            assert min(tracks, default=SHORTEST) >= SHORTEST, f"{name}: sliders of {tracks} pixels"
 
 
 def controls(box: Locator) -> Iterator[Locator]:
