@@ -17,6 +17,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 from PIL import Image
@@ -121,16 +122,26 @@ def name_ends(axes: Axes) -> None:
     """Write each curve's name at its right end, moved apart just enough not to overlap."""
     axes.margins(x=0)
     to_axes = axes.transData + axes.transAxes.inverted()
-    drawn = [(line, np.asarray(line.get_ydata())) for line in axes.lines]
-    curves = [(line, y[np.isfinite(y)][-1]) for line, y in drawn if np.isfinite(y).any()]
-    ends = np.array([to_axes.transform((axes.get_xlim()[1], y))[1] for _, y in curves])
+    curves = [line for line in axes.lines if np.isfinite(np.asarray(line.get_ydata(), dtype=float)).any()]
+    ends = np.array([to_axes.transform(_last_point(line)) for line in curves]).reshape(-1, 2)
+    heights = ends[:, 1]
     gap = 0.2 / 2.5  # a line of text over the height of the axes, both in inches
-    order = np.argsort(ends)
-    at = ends.copy()
+    order = np.argsort(heights)
+    at = heights.copy()
     for below, above in zip(order, order[1:], strict=False):
         at[above] = max(at[above], at[below] + gap)
-    at -= max(0.0, at.max() - max(1.0, ends.max()))  # pushed up to the names of the regions: all come down again
-    for (line, _), end, place in zip(curves, ends, at, strict=True):
+    if curves:  # pushed up to the names of the regions: all come down again
+        at -= max(0.0, at.max() - max(1.0, heights.max()))
+    for line, (x, y), place in zip(curves, ends, at, strict=True):
         same: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
-        axes.plot([1, 1.05], [end, place], color=line.get_color(), linewidth=1.2, scalex=False, scaley=False, **same)
+        leader: dict[str, Any] = {"linewidth": 1.2} if x > 0.99 else {"linewidth": 0.8, "linestyle": ":"}
+        axes.plot([x, 1.05], [y, place], color=line.get_color(), scalex=False, scaley=False, **leader, **same)
         axes.text(1.06, place, str(line.get_label()), va="center", size=10, **same)
+
+
+def _last_point(line: Line2D) -> tuple[float, float]:
+    """Where a curve ends: its last point that is not missing."""
+    x = np.asarray(line.get_xdata(), dtype=float)
+    y = np.asarray(line.get_ydata(), dtype=float)
+    last = np.flatnonzero(np.isfinite(y))[-1]
+    return float(x[last]), float(y[last])

@@ -197,3 +197,15 @@ def test_wrong_nodes_are_ringed() -> None:
 def test_refused(match: str, call) -> None:  # noqa: ANN001
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def test_a_curve_that_ends_early_is_led_to_its_name() -> None:
+    figure = plots.lines(
+        [0, 1, 2, 4], {"short": [1.0, 2.0, np.nan, np.nan], "long": [0.0, 1.0, 2.0, 4.0]}, "x", "y (%)"
+    )
+    axes = figure.axes[0]
+    to_data = axes.transAxes + axes.transData.inverted()
+    leaders = [line for line in axes.lines if line.get_transform() == axes.transAxes]
+    starts = {line.get_linestyle(): to_data.transform(line.get_xydata()[0]) for line in leaders}
+    np.testing.assert_allclose(starts[":"], [1, 2], atol=1e-6)
+    np.testing.assert_allclose(starts["-"], [4, 4], atol=1e-6)
