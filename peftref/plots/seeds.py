@@ -87,7 +87,7 @@ def dots(
                 axes.text(value, -0.75, name, ha="center", va="bottom", size=9)
             axes.set(yticks=range(len(names)), yticklabels=names)
             if len(panels) > 1:
-                axes.set_title(title, size=11)
+                axes.set_title(title, size=11, pad=16 if lines else None)  # above the names of the lines
         grid[0, 0].set_ylim(len(names) - 0.5, -0.8 if lines else -0.5)
         figure.supxlabel(xlabel, size=11, color=GREY)
         handles = [Line2D([], [], color=c, marker="o", label=n) for n, c in zip(groups or (), PALETTE, strict=False)]
