@@ -133,7 +133,7 @@ def run_at_scale(
     Args:
         model: pre-trained, with as many outputs as the data has classes; its head is replaced by a linear probe.
         data: for example ``load("cifar10", root)``.
-        domains: corruptions of the test images, of :data:`peftref.data.corruptions.CORRUPTIONS`.
+        domains: corruptions of the test images, of ``peftref.data.CORRUPTIONS``.
         losses: name -> (smoothing, mixing) of :func:`peftref.merging.bang.fine_tune`.
         alphas: points of the line to evaluate.
         severity: of the corruptions, 1 to 5.
