@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -140,8 +141,11 @@ def test_recording_from_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_make_hands_its_words_on() -> None:
+    env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}  # of `make test`
+
     def said(*words: str) -> str:
-        done = subprocess.run(["make", "-n", *words], cwd=gpu.ROOT, text=True, capture_output=True)
+        command = ["make", "-n", "--no-print-directory", *words]
+        done = subprocess.run(command, cwd=gpu.ROOT, env=env, text=True, capture_output=True)
         return done.stdout.strip().splitlines()[-1]
 
     assert said("record", "NAME=tta/lame").endswith("-m tools.record tta/lame cpu")
