@@ -1,6 +1,7 @@
 """Write what follows from other files: the README's hero and table, the book's front page with its gallery, the map and
 the table of contents from the catalogue, a page of the reference for each public module, the pages of results, of speed
-and of the chapters' state from what was measured. A page of the reference whose module is gone is deleted.
+and of the chapters' state, and what each chapter says of its length, from what was measured. A page of the reference
+whose module is gone is deleted.
 
 ``--check`` only says whether they are up to date.
 
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from peftref._replacing import replacing
-from tools import catalog_pages, front, pages, reference, speed, status
+from tools import catalog_pages, front, pages, reference, speed, status, times
 
 ROOT = Path(__file__).resolve().parents[1]
 START, STOP = "<!-- catalog:start -->", "<!-- catalog:end -->"
@@ -61,6 +62,7 @@ def wanted(root: Path = ROOT) -> dict[Path, bytes]:
     files[root / "book/speed.md"] = speed.speed_page(root).encode()
     files[root / speed.CHART] = speed.chart(root)
     files[root / "book/status.md"] = status.status_page(root, toc).encode()
+    files |= times.chapters(root)
     return files
 
 
