@@ -84,13 +84,14 @@ def judge(
 ) -> Judgement:
     """What paired values say of a claim: "matched", "differs" or "open".
 
-    The 95 % interval is Student's, over the seeds. *Matched*: it lies on the claimed side of ``against``, or holds the
-    paper's value. *Differs*: it lies on the other side, or excludes the value. *Open*: neither.
+    The 95 % interval is Student's, over the seeds. A claim of "above" or "below" is *matched* if the interval lies on
+    that side of ``against``, *differs* if on the other, *open* if it holds ``against``; the paper's number plays no
+    part. A claim of "paper" is *matched* if the interval holds the paper's number, and *differs* otherwise.
 
     Args:
         values: one for each seed (or network, or order): differences between two arms that share everything else.
         claim: "above" or "below" ``against``; or "paper": equal to the paper's number.
-        paper: that number.
+        paper: its number.
         against: where the sides meet.
         margin: half the length of an interval that does not come from seeds, of one value or more: 1.96 standard errors
             of an estimate; of an exact number, half a unit of the last digit that the paper prints.

@@ -24,10 +24,12 @@ RESULTS = """\
 Each method has an experiment, run once and recorded: `make record NAME=tta/lame` repeats it. For each method the first
 table holds what the **paper claims**, its number where it prints one, the place where it stands, and what we measured:
 the mean and its 95 % interval over seeds (Student's t, of differences between two arms that share everything else).
-The status follows from the interval by rule. *Matched*: it lies on the claimed side, or holds the paper's number.
-*Differs*: it lies on the other side, or excludes the number. *Open*: neither; more seeds or a larger network would have
-to decide. *Levels* are the arms behind a difference. The folded table holds **our own questions**, which the paper does
-not ask, so they have no status; below it stand the settings and the run.
+The status follows from the interval by rule. Where the claim is that one arm is better, *matched*: the interval lies on
+the claimed side of zero; *differs*: on the other side; *open*: it holds zero, and more seeds or a larger network would
+have to decide. The paper's number stands beside it and decides nothing, since networks and data are others. Where the
+claim is a level, *matched*: the interval holds the paper's number; *differs*: it does not. *Levels* in the table are
+the arms behind a difference. The folded table holds **our own questions**, which the paper does not ask, so they have
+no status; below it stand the settings and the run.
 
 Networks and data are those that a processor trains in an hour, often smaller than the paper's. So a difference shows on
 which side an effect lies and what it depends on; its size need not be the paper's.

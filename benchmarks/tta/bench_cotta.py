@@ -101,7 +101,7 @@ def rows() -> list[Row]:
     few = digits(*["gaussian_noise"] * 4, "fog", *["gaussian_noise"] * 5)
     all_ = digits("fog", "contrast")
     return [
-        stream("1 batch of 10 needs its 32 views", few, 1, target=6.0),
+        stream("1 batch of 10 needs its 32 views, against the published CIFAR script", few, 1, target=6.0),
         stream("all batches need their 32 views", all_, 2, target=1.0),
         stream("all need theirs, and the peer makes views as we do", all_, 2, make=apply_view),
         after_the_step(),

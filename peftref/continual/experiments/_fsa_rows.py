@@ -13,6 +13,8 @@ __all__ = ["first_sizes", "heads_and_bodies", "twice_the_epochs"]
 
 DOMAINS = {"clean": "photographs", "noisy": "noisy photographs"}
 NAMES = {"film": "FiLM", "full": "full"}
+FEW = "abstract: few-shot, which is 50 images there"
+HEADS = "abstract: LDA is the head best suited"
 
 Ends = Mapping[tuple[str, int, str], Sequence[float]]
 
@@ -30,14 +32,14 @@ def heads_and_bodies(ends: Ends, nearest: Ends, linears: Ends) -> list[dict[str,
         none, film, full = (ends[domain, shots, kind] for kind in ("none", "film", "full"))
         place = _place(domain, shots)
         found += [
-            _row(f"FiLM over none, {place}", "FiLM", film, "none", none, "abstract"),
-            _row(f"FiLM over full, {place}", "FiLM", film, "full", full, "abstract"),
+            _row(f"FiLM over none, {place}", "FiLM", film, "none", none, FEW),
+            _row(f"FiLM over full, {place}", "FiLM", film, "full", full, FEW),
             _row(f"full over none, {place}", "full", full, "none", none, "ours"),
-            _row(f"LDA over nearest mean, {place}", "LDA", none, "nearest", nearest[domain, shots, "none"], "abstract"),
+            _row(f"LDA over nearest mean, {place}", "LDA", none, "nearest", nearest[domain, shots, "none"], HEADS),
         ]
         for loss in ("global", "local"):
             other = linears[domain, shots, loss]
-            found.append(_row(f"LDA over linear, {loss} loss, {place}", "LDA", none, "linear", other, "abstract"))
+            found.append(_row(f"LDA over linear, {loss} loss, {place}", "LDA", none, "linear", other, "ours"))
     return found
 
 
