@@ -255,7 +255,7 @@ def test_memory_does_not_grow_with_the_samples():
         x, y = cloud(500, 5, 4, seed)
         head.partial_fit(x, y)
         sizes.append(sum(t.numel() for t in head.state_dict().values()))
-    assert sizes == [5 * 5 + 4 * 5 + 4 + 4] * 3
+    assert sizes == [5 * 5 + 4 * 5 + 4 + 4 + 4] * 3  # the last are the settings
 
 
 def test_weights_are_computed_once_and_anew_after_learning(monkeypatch):

@@ -30,7 +30,7 @@ __all__ = ["DynamicHead", "local_loss"]
 def local_loss(logits: Tensor, y: Tensor, start: int) -> Tensor:
     """Cross-entropy among the classes from ``start`` on, -log softmax of z over k >= start, at y (eq-lae-local).
 
-    ``(N, K), (N,) -> ()``. Of a single class it is 0.
+    ``(N, K), (N,) -> ()``, or ``(N, K, ...), (N, ...) -> ()``. Of a single class it is 0.
 
     Args:
         logits: of all classes.
@@ -44,7 +44,7 @@ def local_loss(logits: Tensor, y: Tensor, start: int) -> Tensor:
     >>> local_loss(z, torch.tensor([3]), start=2)               # log 2: the old classes do not compete
     tensor(0.6931)
     """
-    check_labels(y, start, logits.shape[-1])
+    check_labels(y, start, logits.shape[1])
     # eq-lae-local:  -log softmax of z over k >= start, at y
     return F.cross_entropy(logits[:, start:], y - start)
 
