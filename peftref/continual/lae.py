@@ -56,19 +56,18 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import at_least_float32, number, one_of, upcast
-from .._wrapped import unwrapped
 from ..adapters.core.host import Host
 from ..adapters.core.injection import activate, adapters, install
 from ..data import Split
 from ..fitting import batches
-from .core._steps import descend, finite_images, tensor_of
+from .core._steps import descend, finite_images, tensor_of, timms
 from .core.growing_head import DynamicHead, check_labels, local_loss
 from .core.small_modules import Experts
 
@@ -183,10 +182,7 @@ class LAE(nn.Module):
         taken = names & {OFFLINE, BOTH}
         if taken:
             raise ValueError(f"model: expected no adapter of these names, which are given later, got {sorted(taken)}")
-        lacking = [n for n in ("forward_features", "forward_head") if not hasattr(model, n)]
-        if lacking:
-            raise ValueError(f"model: expected timm's forward_features and forward_head, got one without {lacking}")
-        self.model = cast(Any, unwrapped(model))  # speaks timm's protocol, of which nn.Module says nothing
+        self.model = timms(model)
         self.alpha = alpha
         self.lr = lr
         self.local = local
@@ -229,8 +225,7 @@ class LAE(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Pooled features before the head, ``(N, d)``."""
-        h = self.model.forward_head(self.model.forward_features(x), pre_logits=True)
-        return tensor_of(h, "features (N, d)")
+        return tensor_of(self.model.forward_head(self.model.forward_features(x), pre_logits=True), "features (N, d)")
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """One step of head, online copy and offline copy on images of the new classes; the loss, before it."""

@@ -70,7 +70,7 @@ def test_failures_change_nothing():
 NORM_ACTS = [
     kind
     for kind in vars(timm.layers).values()
-    if isinstance(kind, type) and issubclass(kind, nn.modules.batchnorm._BatchNorm) and kind.__module__[:4] == "timm"
+    if isinstance(kind, type) and issubclass(kind, nn.modules.batchnorm._BatchNorm) and hasattr(kind(2), "act")
 ]
 ACTS = [nn.ReLU, nn.SiLU, nn.Hardswish, nn.ReLU6, nn.GELU, nn.Identity]
 
@@ -132,6 +132,10 @@ class Doubled(nn.BatchNorm2d):
         return 2 * super().forward(x)
 
 
+class Split(timm.layers.SplitBatchNorm2d):
+    """Which has a BatchNorm for each part of a batch."""
+
+
 class Counted(nn.BatchNorm2d):
     """More in training alone, such as a synchronisation of its own."""
 
@@ -152,6 +156,7 @@ class ByHand(nn.Module):
     ("layer", "message"),
     [
         (Doubled(3), "layer: expected BatchNorm and then its children, got a Doubled that does more"),
+        (Split(3), "layer: expected BatchNorm and then its children, got a Split that does more"),
         (ByHand(), r"model: expected layers that are called, got \['1.bn'\], whose weights are used without a call"),
     ],
 )

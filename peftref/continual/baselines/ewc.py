@@ -70,7 +70,7 @@ def diagonal_fisher(
     """Fisher diagonal F_i = 1/n sum_x (d log p(y|x) / d theta_i)^2 (eq-continual-fisher), ``name -> F``.
 
     Of each weight, in its shape, under the name that ``model.named_parameters()`` gives it. The network is measured in eval mode, where the samples of a batch do not
-    act on each other, and left as it was.
+    act on each other, without autocast, and left as it was.
 
     Args:
         model: images -> logits ``(N, K)``.
@@ -115,7 +115,7 @@ def diagonal_fisher(
     parts = zip(*(t.split(chunk_size) for t in ((x,) if y is None else (x, y))), strict=True)
     squares = vmap(expected if y is None else observed, (None, *[0] * (1 if y is None else 2)))
     total = {name: torch.zeros_like(t) for name, t in _wide(theta).items()}
-    with in_mode(model, False), torch.no_grad():
+    with in_mode(model, False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         for part in parts:
             # eq-continual-fisher:  F = 1/n sum_x (d log p(y|x) / d theta)^2, squared before it is summed
             for name, square in squares(theta, *part).items():

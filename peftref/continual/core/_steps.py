@@ -46,6 +46,18 @@ def tensor_of(output: Any, what: str = "logits (N, K)") -> Tensor:
     return output
 
 
+def timms(model: nn.Module) -> Any:
+    """The model without wrappers, if it speaks timm's protocol, of which ``nn.Module`` says nothing.
+
+    Raises:
+        ValueError: it does not.
+    """
+    inner = unwrapped(model)
+    if not (hasattr(inner, "forward_features") and hasattr(inner, "forward_head")):
+        raise ValueError(f"model: expected timm's forward_features and forward_head, got a {type(inner).__name__}")
+    return inner
+
+
 def dealt(split: Split, batch_size: int, *, epochs: int, generator: torch.Generator, join: bool) -> Iterator[Split]:
     """:func:`peftref.fitting.batches`; with ``join`` a rest of one image comes with the batch before it."""
     waiting: Split | None = None

@@ -120,10 +120,10 @@ class _BalancedNorm(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, g_mu: Tensor, g_v: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, w, scale, mean, var, mu, v = ctx.saved_tensors
         # As if mu and v were constants: scale r g, and the sums of g (x - mu) r and of g.
-        gx, g_scale, g_shift = torch.ops.aten.native_batch_norm_backward(
-            g.contiguous(), x, scale, mu, v, None, None, False, ctx.eps, [True, True, True]
-        )
         r = (v + ctx.eps).rsqrt()
+        gx, g_scale, g_shift = torch.ops.aten.native_batch_norm_backward(
+            g.contiguous(), x, scale, mu, v, mu, r, False, ctx.eps, [True, True, True]
+        )
         slope = scale * r
         # eq-adab2n-gradient:  the whole derivatives by v and mu, then what these send to x and to w
         d_v = torch.addcmul(g_v, slope * r, g_scale, value=-0.5)
