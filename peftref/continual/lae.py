@@ -158,7 +158,8 @@ class LAE(nn.Module):
         features: width of the features; default: ``model.num_features``.
 
     Raises:
-        ValueError: no adapter of that name, a model without timm's methods, or an adapter named ``"offline"`` or ``"both"``; a setting out of its range.
+        ValueError: no adapter of that name, a model without timm's methods, an adapter named ``"offline"`` or
+            ``"both"``, or a setting out of its range.
         RuntimeError: the model is merged.
     """
 

@@ -705,7 +705,7 @@ def test_bad_rules_are_refused_and_left_alone():
     with pytest.raises(ValueError, match="model: expected AdaB2N layers"):
         balance(rule, SmallCNN(), tasks, 0.1)
     again = domain_incremental(load("digits"), load("digits"))
-    with pytest.raises(ValueError, match=r"tasks: expected new classes in each, got \[range\(0, 10\), range\(0, 10\)\]"):
+    with pytest.raises(ValueError, match=r"tasks: expected new classes in each, got .*\(0, 10\), range\(0"):
         balance(rule, net, again, 0.1)
     with pytest.raises(ValueError, match="tasks: expected classes from 0 on without a gap, got"):
         balance(rule, net, tasks[1:], 0.1)

@@ -69,8 +69,8 @@ def diagonal_fisher(
 ) -> dict[str, Tensor]:
     """Fisher diagonal F_i = 1/n sum_x (d log p(y|x) / d theta_i)^2 (eq-continual-fisher), ``name -> F``.
 
-    Of each weight, in its shape, under the name that ``model.named_parameters()`` gives it. The network is measured in eval mode, where the samples of a batch do not
-    act on each other, without autocast, and left as it was.
+    Of each weight, in its shape, under the name that ``model.named_parameters()`` gives it. The network is measured in
+    eval mode, where the samples of a batch do not act on each other, without autocast, and left as it was.
 
     Args:
         model: images -> logits ``(N, K)``.
@@ -85,8 +85,8 @@ def diagonal_fisher(
 
     Raises:
         TypeError: a model that returns something else than a tensor.
-        ValueError: no sample, other labels than images, no trainable weight, names that the model does not have, a chunk
-            below 1, or other logits than ``(N, K)``.
+        ValueError: no sample, other labels than images, no trainable weight, names that the model does not have, a
+            chunk below 1, or other logits than ``(N, K)``.
     """
     integer("chunk_size", chunk_size, 1)
     if len(x) == 0 or (y is not None and y.shape != x.shape[:1]):
@@ -195,7 +195,8 @@ class EWC(FineTune):
     def end_task(self, model: nn.Module, x: Tensor, y: Tensor) -> None:
         finite_images(x)  # they would stay in the Fisher; a network that has diverged is spoiled anyway
         plain = {plain_name(model, name): (name, p) for name, p in model.named_parameters()}
-        held = {n: name for n, (name, p) in plain.items() if p.requires_grad or n in self.fisher}  # frozen meanwhile too
+        # What was measured once is measured again, also while it is frozen.
+        held = {n: name for n, (name, p) in plain.items() if p.requires_grad or n in self.fisher}
         new = diagonal_fisher(
             model, x, y if self.empirical else None, chunk_size=self.chunk_size, names=held.values() or None
         )

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import cast
 
 import torch
 from torch import nn
@@ -42,9 +43,13 @@ def replace_batch_norms(model: nn.Module, make: Callable[[_BatchNorm], nn.Module
     places = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, _BatchNorm)]
     if not places:
         raise ValueError("model: expected at least one BatchNorm layer, got none")
-    bare = {f"{name}.{child}".lstrip(".") for name, m in model.named_modules() for child in bypassed(type(m))}
+    bare = {
+        f"{name}.{child}".lstrip(".")
+        for name, m in model.named_modules()
+        for child in bypassed(cast(Hashable, type(m)))
+    }
     if uncalled := [name for name, _ in places if name in bare]:
-        raise ValueError(f"model: expected layers that are called, got {uncalled}, whose weights are used without a call")
+        raise ValueError(f"model: expected layers that are called, got {uncalled}, whose weights are used alone")
     made = {m: _with_the_rest(m, make).train(m.training) for m in dict.fromkeys(m for _, m in places)}
     for name, m in places:
         if not name:
@@ -112,7 +117,8 @@ def _check_same(layer: _BatchNorm, parts: nn.Module) -> None:
         except (RuntimeError, TypeError, ValueError):  # a child that is not called, or not like this
             same = False
     if not same:
-        raise ValueError(f"layer: expected BatchNorm and then its children, got a {type(layer).__name__} that does more")
+        kind = type(layer).__name__
+        raise ValueError(f"layer: expected BatchNorm and then its children, got a {kind} that does more")
 
 
 def _common(groups: int, channels: int) -> int:

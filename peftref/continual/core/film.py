@@ -74,7 +74,7 @@ class FiLM(nn.Module):
         except AttributeError:
             if name.startswith("__"):
                 raise
-            # Whoever uses the layer's weight without a call (a TransformerEncoderLayer in eval mode) gets the folded one.
+            # Whoever uses the weight without a call (a TransformerEncoderLayer in eval mode) gets the folded one.
             return self.folded()[name] if name in ("weight", "bias") else getattr(super().__getattr__("norm"), name)
 
     def folded(self) -> dict[str, Tensor]:

@@ -169,7 +169,8 @@ class LDA(nn.Module):
     The logits are z_c = phi.w_c + b_c with w_c = S^-1 mu_c and b_c = -mu_c.w_c / 2 + log pi_c.
 
     The weights are computed when they are first asked for, and kept until something new was learned. All of its state
-    is in ``state_dict()``, settings included, which loads into a head of any size and other settings. Statistics stay in float64 under ``.half()``.
+    is in ``state_dict()``, settings included, which loads into a head of any size and other settings. Statistics
+    stay in float64 under ``.half()``.
 
     Args:
         scatter: "total" or "within", see :func:`discriminant`.
@@ -289,9 +290,9 @@ class LDA(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Take over what :meth:`get_extra_state` gave."""
         scatter, ridge, ridge_rel, prior = state.tolist()
-        settings = {"scatter": SCATTERS[int(scatter)], "ridge": ridge, "ridge_rel": ridge_rel, "prior": PRIORS[int(prior)]}
-        _check(**settings)
-        self.settings = settings
+        values = (SCATTERS[int(scatter)], ridge, ridge_rel, PRIORS[int(prior)])
+        _check(*values)
+        self.settings = dict(zip(self.settings, values, strict=True))
         self._fitted = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LDA:

@@ -249,7 +249,7 @@ def _check(attn: Any) -> None:
         raise ValueError(f"base: expected an attention without {', '.join(more)}, got a {kind} that has them")
     parts = {name.partition(".")[0] for name, _ in [*attn.named_parameters(), *attn.named_buffers()]}
     if unused := sorted(parts - {"qkv", "proj", "q_norm", "k_norm"}):
-        raise ValueError(f"base: expected an attention of qkv and proj alone, got a {kind} with {', '.join(unused)} too")
+        raise ValueError(f"base: expected an attention of qkv and proj alone, got a {kind} with {unused} too")
     _compare(attn, kind)
 
 
@@ -269,4 +269,4 @@ def _compare(attn: Any, kind: str) -> None:
         except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, IndexError) as error:
             raise ValueError(f"base: expected an attention of tokens (N, T, d), got a {kind}: {error}") from None
     if not share <= torch.finfo(like.dtype).eps ** 0.5:
-        raise ValueError(f"base: expected softmax(q k^T / sqrt d) v, got a {kind}, whose outputs are {share:.0%} off it")
+        raise ValueError(f"base: expected softmax(q k^T / sqrt d) v, got a {kind}, which is {share:.0%} off it")

@@ -133,8 +133,8 @@ class KVLoRA(Adapter):
             raise ValueError(f"r: expected a positive integer, got {r!r}")
         outputs = base.out_features
         if kv is None and outputs != 3 * base.in_features:
-            both = f"{outputs} outputs of {base.in_features} inputs"
-            raise ValueError(f"base: expected as many queries, keys and values as inputs, or kv to be given, got {both}")
+            got = f"{outputs} outputs of {base.in_features} inputs"
+            raise ValueError(f"base: expected as many queries, keys and values as inputs, or kv to be given, got {got}")
         width = integer("kv", outputs // 3 if kv is None else kv, 1, (outputs - 1) // 2)
         self.r = r
         self.kv = kv
