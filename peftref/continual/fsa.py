@@ -57,6 +57,7 @@ For the head see :mod:`peftref.continual.core.lda`.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -70,7 +71,7 @@ from .._wrapped import unwrapped
 from ..data import Split
 from ..fitting import batches
 from .core._steps import descend, finite_images, tensor_of
-from .core.film import film_parameters, inject_film, merge_film
+from .core.film import FiLM, film_parameters, inject_film, merge_film
 from .core.lda import LDA
 
 __all__ = ["FSA", "cosine_distance", "embed", "first_session"]
@@ -150,7 +151,8 @@ def first_session(
         dropout: of the features in training.
         statistics: of BatchNorm while the full body is trained: ``"batch"`` (train mode, as in the official code) or
             ``"source"`` (eval mode, as with FiLM), which is safer for batches of few or small images.
-        layers: of FiLM, see :func:`peftref.continual.core.film.inject_film`.
+        layers: of FiLM, see :func:`peftref.continual.core.film.inject_film`; those named must be on the way to the
+            features.
         seed: of the head, the order and the dropout; the global generator is left as it was.
         after: called after each epoch with its number, from 0, and the mean loss.
 
@@ -169,8 +171,10 @@ def first_session(
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
             torch.manual_seed(seed)
             trained = _trainable(model, body, layers)
-            width = embed(model, x[:1]).shape[1]
-            head = nn.Linear(width, len(classes), device=x.device, dtype=trained[0].dtype)
+            features = embed(model, x[:1])
+            if layers is not None and body == "film":
+                _check_reached(model, features)
+            head = nn.Linear(features.shape[1], len(classes), device=x.device, dtype=trained[0].dtype)
             optimizer = torch.optim.Adam([*trained, *head.parameters()], lr)
             steps = [round(share * epochs) for share in milestones]
             schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [step for step in steps if step], decay)
@@ -291,6 +295,15 @@ def _trainable(model: nn.Module, body: str, layers: str | Sequence[str] | None) 
         return list(model.parameters())
     inject_film(model, layers)
     return film_parameters(model)
+
+
+def _check_reached(model: nn.Module, features: Tensor) -> None:
+    """Refuse FiLM that was asked for on layers which the features do not depend on."""
+    films = {name: m.gamma for name, m in model.named_modules() if isinstance(m, FiLM)}
+    found = torch.autograd.grad(features.sum(), list(films.values()), allow_unused=True) if features.grad_fn else ()
+    idle = [name for name, g in itertools.zip_longest(films, found) if g is None]
+    if idle:
+        raise ValueError(f"layers: expected normalisation layers that the features pass through, got {idle}")
 
 
 def _check(

@@ -833,3 +833,26 @@ def test_film_and_features_of_wrapped_models(wrap):
     assert want.shape == (2, 512) and torch.equal(embed(wrap(net), x), want)
     assert inject_film(wrap(net), r"layer1\.\d\.bn1") == ["layer1.0.bn1", "layer1.1.bn1"]
     assert torch.equal(embed(net, x), want)
+
+
+class SideBranch(nn.Module):
+    """With a normalisation layer that is there and never used, as in an auxiliary head."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = nn.LayerNorm(6), nn.LayerNorm(6), nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.fc(self.a(x))
+
+
+def test_film_that_no_feature_passes_through_is_refused_where_it_was_asked_for():
+    net, x, y = SideBranch(), torch.randn(12, 6), torch.arange(12) % 3
+    before = copy.deepcopy(net.state_dict())
+    for layers, idle in ((["a", "b"], "b"), ("b", "b")):
+        with pytest.raises(ValueError, match=rf"layers: expected .* the features pass through, got \['{idle}'\]"):
+            first_session(net, x, y, "film", epochs=1, layers=layers)
+    for layers in (None, ["a"]):
+        adapted = first_session(net, x, y, "film", epochs=2, layers=layers)
+        assert not torch.equal(adapted.a.weight, net.a.weight) and torch.equal(adapted.b.weight, net.b.weight)
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
