@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..._checks import at_least_float32, integer, number
+from ..core._steps import classes_in
 from ..core.replay import Reservoir
 from ..core.rule import FineTune
 
@@ -88,8 +89,11 @@ def ace_mask(logits: Tensor, y: Tensor, seen: int) -> Tensor:
         logits: ``(N, K)``, or ``(N, K, ...)`` of each pixel.
         y: labels of the batch.
         seen: number of classes of this and all earlier tasks, which come first.
+
+    Raises:
+        ValueError: logits of one axis.
     """
-    k = torch.arange(logits.shape[1], device=logits.device)
+    k = torch.arange(classes_in(logits), device=logits.device)
     return (torch.isin(k, y) | (k >= seen)).view(-1, *[1] * (logits.ndim - 2)).expand_as(logits)
 
 

@@ -46,6 +46,17 @@ def tensor_of(output: Any, what: str = "logits (N, K)") -> Tensor:
     return output
 
 
+def classes_in(logits: Tensor) -> int:
+    """K of logits ``(N, K)`` or, of each pixel, ``(N, K, ...)``.
+
+    Raises:
+        ValueError: fewer axes.
+    """
+    if logits.ndim < 2:
+        raise ValueError(f"logits: expected shape (N, K) or (N, K, ...), got {tuple(logits.shape)}")
+    return logits.shape[1]
+
+
 def timms(model: nn.Module) -> Any:
     """The model without wrappers, if it speaks timm's protocol, of which ``nn.Module`` says nothing.
 
