@@ -64,7 +64,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._checks import at_least_float32, integer, number, upcast
 from .baselines.norms import replace_batch_norms
-from .core.balanced_norm import balanced_norm
+from .core.balanced_norm import balanced_norm, check_batch
 from .core.rule import FineTune, Forward
 from .core.streams import Task, task_of
 
@@ -140,7 +140,8 @@ class AdaB2N(nn.Module):
         seen_tasks: 1 until :func:`begin_task`; a buffer, as is ``num_batches_tracked``, which counts from 0.
 
     Raises:
-        TypeError: not a BatchNorm layer, or a synchronised one.
+        TypeError: not a BatchNorm layer, or one with a forward of its own: a synchronised one, or one with more to it,
+            such as timm's ``BatchNormAct2d``, which :func:`convert` takes apart.
         ValueError: a layer without running statistics or with ``momentum=None``, T below 1, kappa outside [0, 1].
     """
 
@@ -151,8 +152,8 @@ class AdaB2N(nn.Module):
 
     def __init__(self, layer: _BatchNorm, tasks: int, kappa: float, renormalize: bool = False) -> None:
         super().__init__()
-        if not isinstance(layer, _BatchNorm) or isinstance(layer, nn.SyncBatchNorm):
-            raise TypeError(f"layer: expected a BatchNorm layer that is not synchronised, got {type(layer).__name__}")
+        if not isinstance(layer, _BatchNorm) or type(layer).forward is not _BatchNorm.forward:  # synchronised, timm's
+            raise TypeError(f"layer: expected a BatchNorm layer with torch's forward, got {type(layer).__name__}")
         if layer.running_mean is None or not layer.momentum or not 0 < layer.momentum < 1:
             raise ValueError(f"layer: expected running statistics and a momentum in (0, 1), got {layer}")
         integer("tasks", tasks, 1)
@@ -184,8 +185,7 @@ class AdaB2N(nn.Module):
 
     def _weights(self, x: Tensor) -> Tensor:
         """Weight of each sample; complains before anything is changed."""
-        if x.ndim < 2 or x.shape[1] != self.num_features or not x.numel():
-            raise ValueError(f"x: expected a batch (B, {self.num_features}, ...), got shape {tuple(x.shape)}")
+        check_batch(x, self.num_features)
         if self._batch is None:
             return x.new_full((len(x),), 1 / len(x), dtype=upcast(x.dtype))
         ids, counts, each = self._batch
@@ -302,7 +302,7 @@ def balance(rule: FineTune, model: nn.Module, tasks: Sequence[Task], strength: f
         rule: with all parts of a batch in one forward pass; it is wrapped, see
             :meth:`peftref.continual.core.rule.FineTune.wrap`.
         model: converted by :func:`convert`.
-        tasks: of the stream, whose classes tell the task of a sample.
+        tasks: of the stream, each with classes of its own, which tell the task of a sample.
         strength: lambda (the paper's grid: .01, .1, 1, 10).
         start: first task in which the loss counts (the paper's grid: 0, 1).
 
@@ -310,7 +310,8 @@ def balance(rule: FineTune, model: nn.Module, tasks: Sequence[Task], strength: f
         For the argument ``before`` of :func:`peftref.continual.core.train.learn`.
 
     Raises:
-        ValueError: a rule with several forward passes, a strength out of range, or layers for fewer tasks.
+        ValueError: a rule with several forward passes, a strength out of range, layers for fewer tasks, or a class that
+            comes in several tasks (``domain_incremental``): a replayed sample then does not say which one it is of.
     """
     forwards = getattr(rule, "forwards", "one")
     if forwards != "one":
@@ -319,7 +320,7 @@ def balance(rule: FineTune, model: nn.Module, tasks: Sequence[Task], strength: f
     least = min(len(layer.psi) for layer in _layers(model))
     if least < len(tasks):
         raise ValueError(f"model: expected layers for {len(tasks)} tasks, got {least}")
-    owner = task_of(tasks)
+    owner = task_of(tasks, apart=True)
 
     def told(forward: Forward) -> Forward:
         def balanced(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ For the head see :mod:`peftref.continual.core.lda`.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -66,9 +67,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import integer, number, one_of
+from .._wrapped import unwrapped
 from ..data import Split
 from ..fitting import batches
-from .core.film import film_parameters, inject_film, merge_film
+from .core._steps import descend, finite_images, tensor_of
+from .core.film import FiLM, film_parameters, inject_film, merge_film
 from .core.lda import LDA
 
 __all__ = ["FSA", "cosine_distance", "embed", "first_session"]
@@ -94,14 +97,24 @@ def cosine_distance(features: Tensor) -> Tensor:
 
 
 def embed(model: Any, x: Tensor) -> Tensor:
-    """Features ``(N, d)``: the input of the head of a model with timm's protocol, else what the model returns."""
+    """Features ``(N, d)``: the input of the head of a model with timm's protocol, else what the model returns.
+
+    Args:
+        model: any module; one in the wrappers of torch is asked itself.
+        x: a batch ``(N, ...)``.
+
+    Raises:
+        ValueError: a single image.
+        TypeError: a model that returns something else than a tensor.
+    """
+    model = unwrapped(model)
     if x.ndim < 2:
         raise ValueError(f"x: expected a batch (N, ...), got shape {tuple(x.shape)}")
     if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
         x = model.forward_head(model.forward_features(x), pre_logits=True)
     else:
         x = model(x)
-    return x.flatten(1)
+    return tensor_of(x, "features (N, d)").flatten(1)
 
 
 def first_session(
@@ -126,7 +139,7 @@ def first_session(
     The defaults are those of the official code.
 
     Args:
-        model: body, see :func:`embed`; never changed.
+        model: body, see :func:`embed`; never changed. Of ``torch.compile`` or ``DataParallel``, what they hold.
         x: images of the first session.
         y: their labels, any integers; of one class, nothing is trained.
         body: ``"full"``: every parameter; ``"film"``: FiLM alone, all else in eval mode; ``"none"``: nothing.
@@ -138,25 +151,30 @@ def first_session(
         dropout: of the features in training.
         statistics: of BatchNorm while the full body is trained: ``"batch"`` (train mode, as in the official code) or
             ``"source"`` (eval mode, as with FiLM), which is safer for batches of few or small images.
-        layers: of FiLM, see :func:`peftref.continual.core.film.inject_film`.
+        layers: of FiLM, see :func:`peftref.continual.core.film.inject_film`; those named must be on the way to the
+            features.
         seed: of the head, the order and the dropout; the global generator is left as it was.
         after: called after each epoch with its number, from 0, and the mean loss.
 
     Raises:
-        ValueError: bad settings, or images and labels that do not match.
+        ValueError: bad settings, images and labels that do not match, or images that are not finite.
         FloatingPointError: the loss is not finite.
     """
     _check(body, lr, epochs, decay, dropout, statistics)
     if len(x) != len(y) or not len(y):
         raise ValueError(f"x, y: expected equal, positive numbers of images and labels, got {len(x)} and {len(y)}")
-    model = copy.deepcopy(model).eval()
+    if body != "none":
+        finite_images(x)
+    model = copy.deepcopy(unwrapped(model)).eval()
     classes, codes = y.unique(return_inverse=True)
     if body != "none" and len(classes) > 1:
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
             torch.manual_seed(seed)
             trained = _trainable(model, body, layers)
-            width = embed(model, x[:1]).shape[1]
-            head = nn.Linear(width, len(classes), device=x.device, dtype=trained[0].dtype)
+            features = embed(model, x[:1])
+            if layers is not None and body == "film":
+                _check_reached(model, features)
+            head = nn.Linear(features.shape[1], len(classes), device=x.device, dtype=trained[0].dtype)
             optimizer = torch.optim.Adam([*trained, *head.parameters()], lr)
             steps = [round(share * epochs) for share in milestones]
             schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [step for step in steps if step], decay)
@@ -167,10 +185,7 @@ def first_session(
                 for images, labels in batches(Split(x, codes), batch_size, drop_last=True, generator=generator):
                     # eq-fsa-first:  CE(U dropout(f(x)) + u, y)
                     loss = F.cross_entropy(head(F.dropout(embed(model, images), dropout)), labels)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    losses.append(loss.detach())
+                    losses.append(descend(loss, optimizer))
                 schedule.step()
                 mean = float(torch.stack(losses).mean())
                 if not math.isfinite(mean):
@@ -190,7 +205,7 @@ class FSA(nn.Module):
     ``predict`` returns labels, which may be any integers. The body is in eval mode whatever ``train()`` is called with.
 
     Args:
-        model: pre-trained body, see :func:`embed`; copied, never changed.
+        model: pre-trained body, see :func:`first_session`; copied, never changed.
         body: what the first session adapts: "full", "film" or "none", see :func:`first_session`.
         scatter: "total" or "within", see :func:`peftref.continual.core.lda.discriminant`.
         ridge: absolute ridge of the head.
@@ -219,7 +234,7 @@ class FSA(nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         _check(body)
         self.head = LDA(scatter, ridge, ridge_rel, prior).eval()
-        self.body = copy.deepcopy(model).eval().requires_grad_(False)
+        self.body = copy.deepcopy(unwrapped(model)).eval().requires_grad_(False)
         self.kind = body
         self.num_classes = num_classes
         self.chunk = chunk
@@ -280,6 +295,15 @@ def _trainable(model: nn.Module, body: str, layers: str | Sequence[str] | None) 
         return list(model.parameters())
     inject_film(model, layers)
     return film_parameters(model)
+
+
+def _check_reached(model: nn.Module, features: Tensor) -> None:
+    """Refuse FiLM that was asked for on layers which the features do not depend on."""
+    films = {name: m.gamma for name, m in model.named_modules() if isinstance(m, FiLM)}
+    found = torch.autograd.grad(features.sum(), list(films.values()), allow_unused=True) if features.grad_fn else ()
+    idle = [name for name, g in itertools.zip_longest(films, found) if g is None]
+    if idle:
+        raise ValueError(f"layers: expected normalisation layers that the features pass through, got {idle}")
 
 
 def _check(

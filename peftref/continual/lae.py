@@ -56,7 +56,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,7 @@ from ..adapters.core.host import Host
 from ..adapters.core.injection import activate, adapters, install
 from ..data import Split
 from ..fitting import batches
+from .core._steps import descend, finite_images, tensor_of, timms
 from .core.growing_head import DynamicHead, check_labels, local_loss
 from .core.small_modules import Experts
 
@@ -125,7 +126,7 @@ def alpha_for(kept: float, steps: int) -> float:
 def vote(logits: Tensor, rule: str = "max") -> Tensor:
     """Log of the largest probability, max_e log softmax(z_e)_k, or of the mean one (eq-lae-ensemble).
 
-    Scores of all classes from the experts' logits, ``(E, N, K) -> (N, K)``.
+    Scores of all classes from the experts' logits, ``(E, N, K) -> (N, K)``; of each pixel, ``(E, N, K, ...)``.
 
     Args:
         logits: of the experts; half precision is computed in float32.
@@ -136,7 +137,7 @@ def vote(logits: Tensor, rule: str = "max") -> Tensor:
     tensor([1])
     """
     one_of("rule", rule, RULES)
-    log_p = at_least_float32(logits).log_softmax(-1)
+    log_p = at_least_float32(logits).log_softmax(2)
     # eq-lae-ensemble:  max over the experts of log p_k
     return log_p.amax(0) if rule == "max" else log_p.logsumexp(0) - math.log(len(log_p))
 
@@ -157,7 +158,8 @@ class LAE(nn.Module):
         features: width of the features; default: ``model.num_features``.
 
     Raises:
-        ValueError: no adapter of that name, or one named ``"offline"`` or ``"both"``; a setting out of its range.
+        ValueError: no adapter of that name, a model without timm's methods, an adapter named ``"offline"`` or
+            ``"both"``, or a setting out of its range.
         RuntimeError: the model is merged.
     """
 
@@ -181,7 +183,7 @@ class LAE(nn.Module):
         taken = names & {OFFLINE, BOTH}
         if taken:
             raise ValueError(f"model: expected no adapter of these names, which are given later, got {sorted(taken)}")
-        self.model = cast(Any, model)  # speaks timm's protocol, of which nn.Module says nothing
+        self.model = timms(model)
         self.alpha = alpha
         self.lr = lr
         self.local = local
@@ -224,10 +226,11 @@ class LAE(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Pooled features before the head, ``(N, d)``."""
-        return cast(Tensor, self.model.forward_head(self.model.forward_features(x), pre_logits=True))
+        return tensor_of(self.model.forward_head(self.model.forward_features(x), pre_logits=True), "features (N, d)")
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """One step of head, online copy and offline copy on images of the new classes; the loss, before it."""
+        finite_images(x)
         loss = self._update(self.features(x), y)
         self.accumulate(1)
         return loss
@@ -259,13 +262,14 @@ class LAE(nn.Module):
 
         Raises:
             RuntimeError: no task was begun.
-            ValueError: more frozen epochs than epochs, or labels of other classes.
+            ValueError: more frozen epochs than epochs, labels of other classes, or images that are not finite.
         """
         if not self.tasks:
             raise RuntimeError("learn: expected begin_task before, got no task")
         if not isinstance(epochs, int) or frozen_epochs not in range(epochs + 1):
             raise ValueError(f"frozen_epochs: expected from 0 to {epochs}, got {frozen_epochs!r}")
         check_labels(task.y, self.start, self.head.classes)
+        finite_images(task.x, "task.x")
         change = augment or (lambda x: x)
         deal = partial(batches, batch_size=batch_size, drop_last=drop_last, generator=generator)
         losses = []
@@ -304,10 +308,7 @@ class LAE(nn.Module):
         """A step on features; where they carry no graph the online copy gets no gradient, and Adam leaves it alone."""
         logits = self.head(h)
         loss = local_loss(logits, y, self.start) if self.local else F.cross_entropy(logits, y)
-        self.descent.zero_grad(set_to_none=True)
-        loss.backward()
-        self.descent.step()
-        return loss.detach()
+        return descend(loss, self.descent)
 
     def accumulate(self, n: int) -> None:
         """n steps of the offline copy towards an online copy that has not moved meanwhile: alpha^n of it stays."""

@@ -156,7 +156,10 @@ CALLS: dict[str, Callable[[], Call]] = {
     "gate": lambda: (continual.gate, dict(g=t(3), threshold=0.5)),
     "EWC": lambda: (continual.EWC, dict(strength=1.0, decay=1.0, chunk_size=50)),
     "EWC.end_task": lambda: (continual.EWC(1.0).end_task, dict(model=mlp(), x=t(8, 6), y=labels())),
-    "diagonal_fisher": lambda: (continual.diagonal_fisher, dict(model=mlp(), x=t(8, 6), y=labels(), chunk_size=4)),
+    "diagonal_fisher": lambda: (
+        continual.diagonal_fisher,
+        dict(model=mlp(), x=t(8, 6), y=labels(), chunk_size=4, names=[next(n for n, _ in mlp().named_parameters())]),
+    ),
     "ewc_penalty": lambda: (
         continual.ewc_penalty,
         dict(theta={"w": t(3)}, anchor={"w": t(3, seed=1)}, fisher={"w": t(3).abs()}),
@@ -237,7 +240,7 @@ CALLS: dict[str, Callable[[], Call]] = {
         (lambda one, two: continual.Experts(one, two)),
         dict(one=adapters.LoRA(base()), two=adapters.LoRA(base())),
     ),
-    "KVLoRA": lambda: (continual.KVLoRA, dict(base=adapters.view(nn.Linear(6, 18)), r=2)),
+    "KVLoRA": lambda: (continual.KVLoRA, dict(base=adapters.view(nn.Linear(6, 18)), r=2, kv=6)),
     "ParallelAdapter": lambda: (continual.ParallelAdapter, dict(base=base(), hidden=2)),
     "ParallelAdapter.forward": lambda: (squared(), dict(input=t(3, 6))),
     "AttentionHost": lambda: (continual.AttentionHost, dict(base_layer=small_vit().blocks[0].attn)),
@@ -294,7 +297,7 @@ CALLS: dict[str, Callable[[], Call]] = {
         (lambda data: continual.domain_incremental(data, data)),
         dict(data=dataset()),
     ),
-    "task_of": lambda: (continual.task_of, dict(tasks=stream_tasks())),
+    "task_of": lambda: (continual.task_of, dict(tasks=stream_tasks(), apart=True)),
     "joint": lambda: (
         continual.joint,
         dict(model=mlp(), tasks=stream_tasks(), lr=0.01, batch_size=4, epochs=1, seed=0),

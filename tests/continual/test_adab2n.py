@@ -30,7 +30,7 @@ from peftref.continual.core.balanced_norm import balanced_norm, balanced_statist
 from peftref.continual.core.metrics import evaluate
 from peftref.continual.core.replay import Reservoir
 from peftref.continual.core.rule import FineTune
-from peftref.continual.core.streams import Task, class_incremental
+from peftref.continual.core.streams import Task, class_incremental, domain_incremental
 from peftref.continual.core.train import learn
 from peftref.data import Split, load
 from peftref.models import SmallCNN
@@ -151,12 +151,33 @@ def test_batchnorm_is_a_limiting_case(case, affine):
     close(ours.running_var - 0.9 * before.running_var, (peer.running_var - 0.9 * before.running_var) * (n - 1) / n)
 
 
-def test_one_image_of_one_pixel_has_variance_0():
-    ours = AdaB2N(bn(), 1, 1.0).double()
-    y = ours(torch.ones(1, 4, 1, 1, dtype=torch.double, requires_grad=True))  # BatchNorm refuses it
-    close(y[0, :, 0, 0], ours.bias)
-    y.sum().backward()
-    assert ours.weight.grad.isfinite().all()
+def test_one_value_per_channel_has_no_variance():
+    """As BatchNorm says; the running variance would fall by a tenth of itself each time."""
+    ours, x = AdaB2N(bn(), 1, 1.0).double(), torch.ones(1, 4, 1, 1, dtype=torch.double)
+    before = state(ours)
+    for module in (ours, bn()):
+        with pytest.raises(ValueError, match="xpected more than 1 value per channel when training, got .*1, 4, 1, 1"):
+            module(x)
+    assert same(state(ours), before)
+    assert ours.eval()(x).isfinite().all() and ours.train()(x.expand(2, 4, 1, 1)).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_derivatives_under_functorch():
+    """``torch.func.grad``, and of each of several batches by ``vmap``: as autograd, batch by batch."""
+    xs = torch.stack([images(5, seed=s) for s in range(3)])
+    w, g = torch.tensor([0.1, 0.3, 0.2, 0.2, 0.1]).double(), images(5, seed=9)
+    scale, shift = images(2, seed=10)[:, :, 0, 0]
+
+    def loss(x, w, scale, shift):
+        y, mu, v = balanced_norm(x, w, scale, shift)
+        return (y * g).sum() + mu.square().sum() + v.square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss, (0, 1, 2, 3)), (0, None, None, None))(xs, w, scale, shift)
+    for i, x in enumerate(xs):
+        leaves = [t.clone().requires_grad_() for t in (x, w, scale, shift)]
+        for ours, want in zip(found, torch.autograd.grad(loss(*leaves), leaves), strict=True):
+            close(ours[i], want)
 
 
 def test_eval_is_batchnorm_and_knows_no_psi():
@@ -683,6 +704,11 @@ def test_bad_rules_are_refused_and_left_alone():
             balance(rule, net, tasks, strength)
     with pytest.raises(ValueError, match="model: expected AdaB2N layers"):
         balance(rule, SmallCNN(), tasks, 0.1)
+    again = domain_incremental(load("digits"), load("digits"))
+    with pytest.raises(ValueError, match=r"tasks: expected new classes in each, got .*\(0, 10\), range\(0"):
+        balance(rule, net, again, 0.1)
+    with pytest.raises(ValueError, match="tasks: expected classes from 0 on without a gap, got"):
+        balance(rule, net, tasks[1:], 0.1)
     with pytest.raises(ValueError, match="model: expected layers for 5 tasks, got 3"):
         balance(rule, convert(SmallCNN(), 3, 0.5), tasks, 0.1)
     assert rule.forward is before

@@ -567,3 +567,34 @@ def test_small_epsilon_is_refused_where_the_root_would_vanish():
     w.grad = torch.tensor([0.0, 1.0], dtype=DOUBLE)
     CLASSP([w], power=0.1).step()
     assert w.isfinite().all() and w[0] == 0 and w[1] != 0
+
+
+def test_parameters_of_any_form_take_over_a_state():
+    """A generator, named pairs, groups, the parameters of a compiled module: the same steps, settings and sums."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(torch.bfloat16)
+    x = torch.randn(5, 3).to(torch.bfloat16)
+
+    def step(model: nn.Module, optimizer: CLASSP) -> None:
+        optimizer.zero_grad()
+        model(x).float().square().mean().backward()
+        optimizer.step()
+
+    first = CLASSP((p for p in net.parameters()), lr=0.1, power=2.0)
+    step(net, first)
+    state, start = copy.deepcopy(first.state_dict()), copy.deepcopy(net)
+    step(net, first)
+    for form in (
+        lambda m: m.named_parameters(),
+        lambda m: [{"params": m.parameters(), "lr": 9.0}],
+        lambda m: torch.compile(m, backend="eager").parameters(),
+    ):
+        other = copy.deepcopy(start)
+        again = CLASSP(form(other), lr=0.7)
+        again.load_state_dict(state)
+        step(other, again)
+        assert again.param_groups[0]["lr"] == 0.1 and again.param_groups[0]["power"] == 2.0
+        assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))
+        for p, q in zip(net.parameters(), other.parameters(), strict=True):
+            assert again.state[q]["sum"].dtype == torch.float32
+            assert torch.equal(first.state[p]["sum"], again.state[q]["sum"])

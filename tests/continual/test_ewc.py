@@ -358,3 +358,94 @@ F1, ONE = {"w": torch.ones(1)}, torch.zeros(1, 4, dtype=torch.double)
 def test_bad_arguments_are_refused(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+# --- half precision, frozen parts, wrappers ---------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_distances_of_half_precision_weights_count(dtype):
+    """The square of 1e-4 is no number of float16; both bytes of the distance are."""
+    anchor = torch.full((4,), 1.0).to(dtype) * 2**-10
+    theta = (anchor + 1e-4).to(dtype).requires_grad_()
+    fisher = torch.full((4,), 1e6)
+    loss = ewc_penalty({"w": theta}, {"w": anchor}, {"w": fisher})
+    d = theta.detach().double() - anchor.double()
+    assert d.abs().min() > 5e-5 and loss.dtype == torch.float32
+    assert_close(loss.double(), (1e6 * d.square()).sum() / 2, rtol=1e-6, atol=0)
+    loss.backward()
+    assert_close(theta.grad.double(), 1e6 * d, rtol=1e-2, atol=0)
+
+
+def test_distances_beyond_half_precision():
+    theta, anchor = (torch.tensor([v]).half() for v in (60000.0, -60000.0))
+    assert ewc_penalty({"w": theta}, {"w": anchor}, {"w": torch.tensor([1e-10])}).item() == pytest.approx(0.72)
+
+
+def test_a_part_that_is_frozen_for_a_task_keeps_its_springs():
+    """As if it had been trainable all the time, for it has not moved."""
+    nets = [built(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))) for _ in range(2)]
+    rules = [EWC(2.0, decay=0.5) for _ in nets]
+    for task in range(3):
+        nets[0][0].requires_grad_(task != 1)
+        for net, rule in zip(nets, rules, strict=True):
+            with torch.no_grad():
+                net[2].weight.add_(0.1)  # task 1 moves the head alone
+                net[0].weight.add_(0.1 * (task != 1))
+            rule.end_task(net, images(7, task, (4,)), labels(7, 3, task))
+        nets[0][0].requires_grad_(True)
+        assert rules[0].fisher.keys() == rules[1].fisher.keys() == dict(nets[0].named_parameters()).keys()
+        for name, f in rules[1].fisher.items():
+            assert_close(rules[0].fisher[name], f, rtol=0, atol=0)
+            assert_close(rules[0].anchor[name], rules[1].anchor[name], rtol=0, atol=0)
+        with torch.no_grad():
+            nets[0][0].bias.add_(0.2)
+            nets[1][0].bias.add_(0.2)
+        assert_close(rules[0].penalty(nets[0]), rules[1].penalty(nets[1]))
+
+
+WRAPPERS = {
+    "compiled": lambda net: torch.compile(net, backend="eager"),
+    "parallel": nn.DataParallel,
+    "a compiled part": lambda net: nn.Sequential(torch.compile(net[0], backend="eager"), *net[1:]),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("first", [True, False])
+def test_names_know_no_wrapper(wrap, first):
+    """Measured on the wrapped model and used on the plain one, and the other way round."""
+    net = built(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)))
+    wrapped, x, y = wrap(net), images(7, shape=(4,)), labels(7, 3)
+    assert list(diagonal_fisher(wrapped, x, y)) == list(named(wrapped))
+    rule, want = EWC(3.0), EWC(3.0)
+    want.end_task(net, x, y)
+    rule.end_task(wrapped if first else net, x, y)
+    assert list(rule.fisher) == list(rule.anchor) == list(named(net))
+    with torch.no_grad():
+        net[0].weight.add_(0.3)
+    assert_close(rule.penalty(net if first else wrapped), want.penalty(net))
+    rule.end_task(net if first else wrapped, x, y)
+    want.end_task(net, x, y)
+    for name, f in want.fisher.items():
+        assert_close(rule.fisher[name], f)
+
+
+def test_weights_to_measure_by_name():
+    net, x, y = linear(), images(5, shape=(4,)), labels(5, 3)
+    every = diagonal_fisher(net, x, y)
+    net.requires_grad_(False)
+    found = diagonal_fisher(net, x, y, names=["bias"])
+    assert list(found) == ["bias"] and torch.equal(found["bias"], every["bias"])
+    with pytest.raises(ValueError, match=r"names: expected some of the model's weights, got \['b'\] too"):
+        diagonal_fisher(net, x, y, names=["bias", "b"])
+
+
+class Pair(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), None
+
+
+def test_other_outputs_are_refused():
+    with pytest.raises(TypeError, match=r"model: expected logits \(N, K\) as a tensor, got tuple"):
+        diagonal_fisher(Pair(4, 3), torch.zeros(2, 4), torch.zeros(2).long())
+    with pytest.raises(ValueError, match=r"model: expected logits \(N, K\), got shape \(1, 3, 12, 12\)"):
+        diagonal_fisher(nn.Conv2d(1, 3, 1).double(), images(2), labels(2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 
 import numpy as np
@@ -255,7 +256,7 @@ def test_memory_does_not_grow_with_the_samples():
         x, y = cloud(500, 5, 4, seed)
         head.partial_fit(x, y)
         sizes.append(sum(t.numel() for t in head.state_dict().values()))
-    assert sizes == [5 * 5 + 4 * 5 + 4 + 4] * 3
+    assert sizes == [5 * 5 + 4 * 5 + 4 + 4 + 4] * 3  # the last are the settings
 
 
 def test_weights_are_computed_once_and_anew_after_learning(monkeypatch):
@@ -763,3 +764,95 @@ def test_half_precision_body(tasks):
     fsa.observe(tasks[0].train.x.bfloat16(), tasks[0].train.y)
     z = fsa(tasks[0].test.x[:20].bfloat16())
     assert z.dtype == torch.float32 and z.isfinite().all() and fsa.head.within.dtype == torch.float64
+
+
+# --- settings in the state, FiLM where a layer is not called, wrappers ------------------------------------------------
+@pytest.mark.parametrize("scatter", ["total", "within"])
+@pytest.mark.parametrize("prior", [None, "empirical"])
+def test_a_head_goes_on_with_the_settings_of_its_state(scatter, prior):
+    x, y = cloud(60, 5, 4, 0)
+    head = LDA(scatter, ridge=0.3, ridge_rel=0.01, prior=prior).partial_fit(x[:40], y[:40])
+    stored = io.BytesIO()
+    torch.save(head.state_dict(), stored)
+    stored.seek(0)
+    other = LDA()
+    other.load_state_dict(torch.load(stored, weights_only=True))
+    assert other.settings == head.settings and torch.equal(other(x), head(x))
+    assert torch.equal(other.partial_fit(x[40:], y[40:])(x), head.partial_fit(x[40:], y[40:])(x))
+    old = {name: t for name, t in head.state_dict().items() if name != "_extra_state"}  # of before settings were kept
+    other = LDA("total", ridge=2.0)
+    other.load_state_dict(old)
+    assert other.settings["ridge"] == 2.0 and torch.equal(other.within, head.within)
+    bodies = [FSA(nn.Linear(5, 5), "none", scatter=scatter, ridge=r, prior=prior) for r in (0.3, 1.0)]
+    bodies[0].observe(x.float(), y)
+    bodies[1].load_state_dict(bodies[0].state_dict())
+    assert torch.equal(bodies[1](x.float()), bodies[0](x.float()))
+
+
+def test_film_where_the_layers_weight_is_used_without_a_call():
+    """The fast path of torch's encoder layers, taken in eval mode without gradients, calls no layer of its own."""
+    torch.manual_seed(0)
+    block, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(2, 3, 8)
+    assert inject_film(block) == ["norm1", "norm2"]
+    with torch.no_grad():
+        for p in film_parameters(block):
+            p.add_(0.3 * torch.randn_like(p))
+    slow = block(x)
+    assert slow.requires_grad
+    with torch.no_grad():
+        assert_close(block(x), slow)
+    merge_film(block)
+    assert_close(block(x), slow)
+
+    class ByHand(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm1d(8)
+
+        def forward(self, x):
+            return F.batch_norm(x, self.bn.running_mean, self.bn.running_var, self.bn.weight, self.bn.bias)
+
+    net = ByHand().eval()
+    inject_film(net)
+    net(x[0]).square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in film_parameters(net)[1:])
+    with torch.no_grad():
+        for p in film_parameters(net):
+            p.add_(0.5)
+    want = net(x[0])
+    assert_close(net.bn(x[0]), want)
+    merge_film(net)
+    assert_close(net(x[0]), want)
+
+
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel])
+def test_film_and_features_of_wrapped_models(wrap):
+    net = timm.create_model("resnet18", pretrained=False, num_classes=7).eval()
+    x = torch.rand(2, 3, 32, 32)
+    want = embed(net, x)
+    assert want.shape == (2, 512) and torch.equal(embed(wrap(net), x), want)
+    assert inject_film(wrap(net), r"layer1\.\d\.bn1") == ["layer1.0.bn1", "layer1.1.bn1"]
+    assert torch.equal(embed(net, x), want)
+
+
+class SideBranch(nn.Module):
+    """With a normalisation layer that is there and never used, as in an auxiliary head."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = nn.LayerNorm(6), nn.LayerNorm(6), nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.fc(self.a(x))
+
+
+def test_film_that_no_feature_passes_through_is_refused_where_it_was_asked_for():
+    net, x, y = SideBranch(), torch.randn(12, 6), torch.arange(12) % 3
+    before = copy.deepcopy(net.state_dict())
+    for layers, idle in ((["a", "b"], "b"), ("b", "b")):
+        with pytest.raises(ValueError, match=rf"layers: expected .* the features pass through, got \['{idle}'\]"):
+            first_session(net, x, y, "film", epochs=1, layers=layers)
+    for layers in (None, ["a"]):
+        adapted = first_session(net, x, y, "film", epochs=2, layers=layers)
+        assert not torch.equal(adapted.a.weight, net.a.weight) and torch.equal(adapted.b.weight, net.b.weight)
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())

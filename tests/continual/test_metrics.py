@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from peftref.continual.core import metrics
 from peftref.continual.core.metrics import evaluate
-from peftref.continual.core.streams import class_incremental
-from peftref.data import load
+from peftref.continual.core.streams import Task, class_incremental
+from peftref.data import Split, load
 
 NAN = math.nan
 HAND = torch.tensor([[90.0, NAN, NAN], [70.0, 80.0, NAN], [60.0, 75.0, 85.0]])
@@ -207,3 +208,20 @@ def test_no_graph_is_kept():
 
     evaluate(predict, TASKS)
     assert not any(seen)
+
+
+def test_a_label_for_each_pixel():
+    """As of the pixels one by one, over the classes: the axis after the images, not the last."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(5, 4, 3, 2, generator=g), torch.randint(4, (5, 3, 2), generator=g)
+    flat = x.movedim(1, -1).flatten(0, -2)
+    tasks, rows = ([Task(("a",), range(1, 3), *[Split(a, b)] * 3)] for a, b in ((x, y), (flat, y.flatten())))
+    for own in (False, True):
+        found = evaluate(lambda x: x, tasks, own_classes=own)
+        assert_close(found, evaluate(lambda x: x, rows, own_classes=own))
+    with pytest.raises(
+        ValueError, match=r"predict: expected logits \(N, K\) for labels \(N,\), got \(5, 4, 3, 2\) for"
+    ):
+        evaluate(lambda x: x, [tasks[0]._replace(test=Split(x, y[:, 0, 0]))])
+    with pytest.raises(TypeError, match=r"model: expected logits \(N, K\) as a tensor, got tuple"):
+        evaluate(lambda x: (x, None), tasks)

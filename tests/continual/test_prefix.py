@@ -11,6 +11,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import DiffAttention
+from timm.models.cait import TalkingHeadAttn
+from timm.models.davit import ChannelAttention
+from timm.models.swin_transformer import WindowAttention
+from timm.models.xcit import XCA
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -295,6 +300,36 @@ def test_timm_transformer_end_to_end():
     assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
 
 
+class Scaled(timm.layers.Attention):
+    """Logits that are capped, by no weight and no module."""
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        y = (2 * (q @ k.mT * self.scale / 2).tanh()).softmax(-1) @ v
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class Gridded(timm.layers.Attention):
+    def forward(self, x):
+        n, h, w, d = x.shape
+        return super().forward(x.reshape(n, h * w, d)).reshape(x.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("start", ["as drawn", "all zeros", "on no device"])
+def test_attentions_of_every_type_are_known_again(dtype, start):
+    attn = timm.layers.Attention(16, 2, qkv_bias=True).to(dtype)
+    if start == "all zeros":
+        nn.init.zeros_(attn.proj.weight), nn.init.zeros_(attn.proj.bias)
+    net = nn.Sequential(attn.to("meta") if start == "on no device" else attn).train()
+    assert inject_prefix(net, ["0"], length=0) == ["0"] and attn.training
+    if start != "on no device":
+        x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+        assert_close(net(x), attn(x))
+    with pytest.raises(ValueError, match="rope: expected None, as the attention with a prefix uses tokens alone"):
+        net[0](torch.zeros(2, 5, 16, dtype=dtype), rope=torch.zeros(5, 8))
+
+
 @pytest.mark.parametrize(
     ("attn", "message"),
     [
@@ -303,6 +338,13 @@ def test_timm_transformer_end_to_end():
         (timm.layers.Attention(8, 2, scale_norm=True, norm_layer=nn.LayerNorm), "without norm"),
         (timm.layers.Attention(8, 2, attn_drop=0.1), "without attn_drop"),
         (timm.layers.Attention(8, 2, proj_drop=0.1), "without proj_drop"),
+        (XCA(8, 2), "of qkv and proj alone, got a XCA with .'temperature'. too"),
+        (TalkingHeadAttn(8, 2), "of qkv and proj alone, got a TalkingHeadAttn with .'proj_l', 'proj_w'. too"),
+        (DiffAttention(8, 2), "of qkv and proj alone, got a DiffAttention with .'lambda_k1'"),
+        (WindowAttention(8, 2, window_size=3), "of qkv and proj alone, got a WindowAttention with .'relative_position"),
+        (ChannelAttention(8, 2), "got a ChannelAttention, which is .* off it"),
+        (Scaled(8, 2), "got a Scaled, which is .* off it"),
+        (Gridded(8, 2), "of tokens .N, T, d., got a Gridded: not enough values"),
     ],
 )
 def test_other_attentions_are_refused(attn, message):

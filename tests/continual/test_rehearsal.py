@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from peftref.continual.baselines.rehearsal import ER, ERACE, DERpp, ace_mask, derpp_loss, er_ace_loss, er_loss
+from peftref.continual.core.growing_head import local_loss
 from peftref.continual.core.replay import Reservoir
 from peftref.continual.core.rule import FineTune
+from peftref.continual.lae import vote
 from peftref.models import PlainCNN, SmallCNN
 from tests._naive import rehearsal as naive
 
@@ -311,3 +313,39 @@ def test_every_setting_matters():
 def test_bad_arguments_are_refused(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+# --- pixels, half precision -------------------------------------------------------------------------------------------
+def test_losses_of_each_pixel_are_those_of_the_pixels_one_by_one():
+    g = torch.Generator().manual_seed(0)
+    new, old = torch.randn(2, 3, 4, 5, 2, generator=g)
+    y, y_old = torch.randint(4, (2, 3, 5, 2), generator=g)
+
+    def rows(t):
+        return t.movedim(1, -1).flatten(0, -2) if t.ndim == 4 else t.flatten()
+
+    for loss in (
+        er_loss,
+        lambda a, y, b, z: derpp_loss(a, y, b, a, b, z),
+        lambda a, y, b, z: er_ace_loss(a, y, 2, b, z),
+        lambda a, y, b, z: er_ace_loss(a, y.clamp(max=1), 3),
+        lambda a, y, b, z: local_loss(a, y % 2 + 2, 2),
+    ):
+        torch.testing.assert_close(loss(new, y, old, y_old), loss(*map(rows, (new, y, old, y_old))))
+    assert torch.equal(ace_mask(new, y, 2).movedim(1, -1).flatten(0, -2), ace_mask(rows(new), rows(y), 2))
+    both = torch.stack([new, old])
+    for rule in ("max", "mean"):
+        flat = vote(torch.stack([rows(new), rows(old)]), rule)
+        torch.testing.assert_close(rows(vote(both, rule)), flat)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_distances_of_half_precision_logits_count(dtype):
+    """The square of 1e-4 is no number of float16."""
+    new, y = torch.zeros(1, 2).to(dtype), torch.zeros(1).long()
+    first, stored = torch.full((2, 1, 2), 1e-3).to(dtype) * torch.tensor([1.1, 1.0]).to(dtype)[:, None, None]
+    first.requires_grad_()
+    loss = derpp_loss(new, y, first, stored, new, y, alpha=1e4, beta=0.0)
+    want = 1e4 * (first.detach().double() - stored.double()).square().mean()
+    torch.testing.assert_close(loss.double() - F.cross_entropy(new, y).double(), want, rtol=0.02, atol=1e-6)
+    assert want > 0 and torch.autograd.grad(loss, first)[0].abs().max() > 0

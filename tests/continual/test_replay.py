@@ -128,8 +128,47 @@ def test_dtypes_stay():
     rows = torch.ones(6, 2, dtype=torch.bfloat16), torch.ones(6, dtype=torch.long), torch.ones(6, 3).double()
     buffer.add(*rows)
     assert [t.dtype for t in buffer.draw(4)] == [t.dtype for t in rows]
-    buffer.add(*(t.float() for t in rows))  # later batches are cast to the first one's
+    buffer.add(*rows)
     assert [t.dtype for t in buffer.draw(4)] == [t.dtype for t in rows]
+
+
+TYPES = [torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("first", TYPES, ids=str)
+@pytest.mark.parametrize("then", TYPES, ids=str)
+def test_what_comes_in_another_type_is_kept_as_it_was_or_refused(first, then):
+    """The largest number of each type, and one that only float32 tells from its neighbours."""
+
+    def extremes(dtype):
+        odd = [1.0009765625] if dtype.is_floating_point else [77]
+        big = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
+        return torch.tensor([*odd, big]).to(torch.float64 if dtype.is_floating_point else torch.int64).to(dtype)
+
+    buffer, old, new = Reservoir(4), extremes(first), extremes(then)
+    buffer.add(old, torch.arange(2))
+    before = copy.deepcopy(buffer.state_dict())
+    if first.is_floating_point != then.is_floating_point:
+        with pytest.raises(TypeError, match=f"batch: expected rows of {first}, as before, .* got {then}"):
+            buffer.add(new, torch.arange(2))
+        assert all(torch.equal(t, before[name]) for name, t in buffer.state_dict().items())
+        return
+    buffer.add(new, torch.arange(2))
+    wide = torch.float64 if first.is_floating_point else torch.int64
+    assert torch.equal(buffer.rows[0].to(wide), torch.cat([old.to(wide), new.to(wide)]))
+    state = buffer.state_dict()
+    other = Reservoir(4)
+    other.load_state_dict(state)
+    assert torch.equal(other.rows[0], buffer.rows[0]) and other.rows[0].dtype == buffer.rows[0].dtype
+
+
+def test_types_that_no_other_holds_are_refused():
+    buffer = Reservoir(4)
+    buffer.add(torch.zeros(2, dtype=torch.float8_e4m3fn))
+    with pytest.raises(TypeError, match="batch: expected rows of torch.float8_e4m3fn"):
+        buffer.add(torch.zeros(2))
+    buffer.add(torch.zeros(2, dtype=torch.float8_e4m3fn))
+    assert len(buffer) == 4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

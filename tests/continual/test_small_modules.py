@@ -132,7 +132,7 @@ def test_lora_by_hand_and_merged():
     torch.manual_seed(0)
     qkv, x = nn.Linear(6, 12).double(), moved(2, 5, 6, seed=1)
     net = nn.Sequential(copy.deepcopy(qkv))
-    inject(net, KVLoRA, ["0"], r=2)
+    inject(net, KVLoRA, ["0"], r=2, kv=4)
     stir(net)
     a = adapters(net)["0"]
     want = naive.published_kv_lora(x, qkv, a.A_k, a.B_k, a.A_v, a.B_v, a.s_k, a.s_v)
@@ -179,14 +179,38 @@ def test_lora_equals_peft_on_separate_keys_and_values():
 
 
 def test_lora_settings_matter_and_large_ranks_are_allowed():
-    net = nn.Sequential(nn.Linear(4, 6))
+    net = nn.Sequential(nn.Linear(4, 12))
     inject(net, KVLoRA, ["0"], r=9)
     assert adapters(net)["0"].A_k.shape == (9, 4)
     for r in (0, 1.0, True):
         with pytest.raises(ValueError, match="r: expected a positive integer"):
-            inject(nn.Sequential(nn.Linear(4, 6)), KVLoRA, ["0"], r=r)
-    with pytest.raises(ValueError, match="base: expected queries, keys and values side by side, got 7 outputs"):
-        inject(nn.Sequential(nn.Linear(4, 7)), KVLoRA, ["0"])
+            inject(nn.Sequential(nn.Linear(4, 12)), KVLoRA, ["0"], r=r)
+    for outputs in (6, 7, 15):
+        with pytest.raises(ValueError, match=f"base: .*, or kv to be given, got {outputs} outputs of 4 inputs"):
+            inject(nn.Sequential(nn.Linear(4, outputs)), KVLoRA, ["0"])
+    for kv in (0, 6, 2.0, True):
+        with pytest.raises(ValueError, match=r"kv: expected an integer in \[1, 5\]"):
+            inject(nn.Sequential(nn.Linear(4, 12)), KVLoRA, ["0"], kv=kv)
+
+
+def test_lora_where_heads_share_their_keys(tmp_path):
+    """Grouped queries, as in Phi-3: four heads of two, one of keys; 12 outputs, whose third is not where keys begin."""
+    torch.manual_seed(0)
+    qkv, x = nn.Linear(8, 12).double(), moved(2, 5, 8, seed=1)
+    net, other = (nn.Sequential(copy.deepcopy(qkv)) for _ in range(2))
+    with pytest.raises(ValueError, match="base: .*, or kv to be given, got 12 outputs of 8 inputs"):
+        inject(net, KVLoRA, ["0"])
+    inject(net, KVLoRA, ["0"], r=3, kv=2)
+    stir(net)
+    a = adapters(net)["0"]
+    change = torch.cat([qkv.weight.new_zeros(8, 8), a.s_k * a.B_k @ a.A_k, a.s_v * a.B_v @ a.A_v])
+    want = x @ (qkv.weight + change).T + qkv.bias
+    assert_close(net(x), want, rtol=1e-12, atol=1e-12)
+    save(net, tmp_path)
+    load(other, tmp_path)
+    assert_close(other(x), want, rtol=1e-12, atol=1e-12)
+    merge(net)
+    assert_close(net(x), want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "lora"])

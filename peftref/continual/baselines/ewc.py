@@ -45,24 +45,32 @@ tensor([1.2500, 1.2500])
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 
 from ..._checks import at_least_float32, integer, number
+from ..._wrapped import plain_name, unwrapped
+from ..core._steps import finite_images, in_mode, tensor_of
 from ..core.rule import FineTune
 
 __all__ = ["EWC", "diagonal_fisher", "ewc_penalty"]
 
 
-def diagonal_fisher(model: nn.Module, x: Tensor, y: Tensor | None = None, *, chunk_size: int = 50) -> dict[str, Tensor]:
+def diagonal_fisher(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    chunk_size: int = 50,
+    names: Collection[str] | None = None,
+) -> dict[str, Tensor]:
     """Fisher diagonal F_i = 1/n sum_x (d log p(y|x) / d theta_i)^2 (eq-continual-fisher), ``name -> F``.
 
-    Of each trainable weight, in its shape. The network is measured in eval mode, where the samples of a batch do not
-    act on each other, and left as it was.
+    Of each weight, in its shape, under the name that ``model.named_parameters()`` gives it. The network is measured in
+    eval mode, where the samples of a batch do not act on each other, without autocast, and left as it was.
 
     Args:
         model: images -> logits ``(N, K)``.
@@ -70,21 +78,29 @@ def diagonal_fisher(model: nn.Module, x: Tensor, y: Tensor | None = None, *, chu
         y: labels, ``(n,)``, for the empirical Fisher. None: the expectation over all K classes with the network's own
             probabilities, the exact Fisher, at the cost of K backward passes.
         chunk_size: samples whose gradients (n copies of all weights, times K without y) are in memory at a time.
+        names: of the weights to measure; default: those that are trainable.
 
     Returns:
         F in the precision of the weights, float32 at least.
 
     Raises:
-        ValueError: no sample, other labels than images, no trainable weight, or a chunk below 1.
+        TypeError: a model that returns something else than a tensor.
+        ValueError: no sample, other labels than images, no trainable weight, names that the model does not have, a
+            chunk below 1, or other logits than ``(N, K)``.
     """
     integer("chunk_size", chunk_size, 1)
     if len(x) == 0 or (y is not None and y.shape != x.shape[:1]):
         raise ValueError(f"x, y: expected n > 0 images and labels (n,), got {len(x)} and {y if y is None else y.shape}")
-    theta = _trainable(model)
-    fixed = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    measured = _parameters(model, names)
+    inner = unwrapped(model)  # whose forward vmap can follow
+    theta = {name: p.detach() for name, p in inner.named_parameters() if p in measured}
+    fixed = {name: buffer.clone() for name, buffer in inner.named_buffers()}
 
     def log_p(theta: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-        z = functional_call(model, (theta, fixed), (x[None],))[0]  # (K,)
+        z = tensor_of(functional_call(inner, (theta, fixed), (x[None],)))
+        if z.ndim != 2:
+            raise ValueError(f"model: expected logits (N, K), got shape {tuple(z.shape)} of one image")
+        z = z[0]  # (K,)
         return (z.log_softmax(-1),) * 2  # what is differentiated, and what is given beside the derivative
 
     def observed(theta: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -99,12 +115,12 @@ def diagonal_fisher(model: nn.Module, x: Tensor, y: Tensor | None = None, *, chu
     parts = zip(*(t.split(chunk_size) for t in ((x,) if y is None else (x, y))), strict=True)
     squares = vmap(expected if y is None else observed, (None, *[0] * (1 if y is None else 2)))
     total = {name: torch.zeros_like(t) for name, t in _wide(theta).items()}
-    with _evaluating(model), torch.no_grad():
+    with in_mode(model, False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         for part in parts:
             # eq-continual-fisher:  F = 1/n sum_x (d log p(y|x) / d theta)^2, squared before it is summed
             for name, square in squares(theta, *part).items():
                 total[name] += square.sum(0) / len(x)
-    return total
+    return dict(zip(measured.values(), total.values(), strict=True))
 
 
 def ewc_penalty(theta: Mapping[str, Tensor], anchor: Mapping[str, Tensor], fisher: Mapping[str, Tensor]) -> Tensor:
@@ -123,14 +139,19 @@ def ewc_penalty(theta: Mapping[str, Tensor], anchor: Mapping[str, Tensor], fishe
         odd = [name for name, shape in shapes.items() if name not in weights or weights[name].shape != shape]
         if odd:
             raise ValueError(f"{argument}: expected the weights that fisher has, in the same shapes, got others: {odd}")
+    # In float32 at least: of half-precision weights that are close to theta* the squares would vanish.
+    now, then, stiffness = ([at_least_float32(of[n]) for n in shapes] for of in (theta, anchor, fisher))
     # eq-continual-ewc:  1/2 sum_i F_i (theta_i - theta*_i)^2
-    distance = torch._foreach_sub([theta[n] for n in shapes], [anchor[n] for n in shapes])
-    springs = torch._foreach_mul(torch._foreach_mul(distance, distance), [*fisher.values()])
+    distance = torch._foreach_sub(now, then)
+    springs = torch._foreach_mul(torch._foreach_mul(distance, distance), stiffness)
     return torch.stack([spring.sum() for spring in springs]).sum() / 2
 
 
 class EWC(FineTune):
     r"""Fine-tuning with a spring on every trainable weight, measured after each task by its own images.
+
+    A weight that was trainable at the end of a task keeps its spring, and is measured again after every later task,
+    even while it is frozen.
 
     Args:
         strength: :math:`\lambda`, at least 0; problem-dependent, to be swept in decades. 0 is fine-tuning.
@@ -139,8 +160,9 @@ class EWC(FineTune):
         chunk_size: see :func:`diagonal_fisher`.
 
     Attributes:
-        fisher: F by name; empty before the first task has ended.
-        anchor: theta* by name; empty before the first task has ended.
+        fisher: F by name, without the words that ``torch.compile`` or ``DataParallel`` add; empty before the first
+            task has ended.
+        anchor: theta* by name, likewise.
 
     Raises:
         ValueError: a number out of range.
@@ -162,38 +184,37 @@ class EWC(FineTune):
         """What is added to the loss, strength included; 0 in the first task."""
         if not self.fisher:
             return 0.0
-        return self.strength * ewc_penalty(dict(model.named_parameters()), self.anchor, self.fisher)
+        theta = dict(unwrapped(model).named_parameters())
+        if not self.fisher.keys() <= theta.keys():  # a part of the model is wrapped
+            theta = {plain_name(model, name): p for name, p in model.named_parameters()}
+        return self.strength * ewc_penalty(theta, self.anchor, self.fisher)
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return super().loss(model, x, y) + self.penalty(model)
 
     def end_task(self, model: nn.Module, x: Tensor, y: Tensor) -> None:
-        if not x.isfinite().all():  # they would stay in the Fisher; a network that has diverged is spoiled anyway
-            raise ValueError("x: expected finite numbers, got NaN or infinity in some")
-        new = diagonal_fisher(model, x, y if self.empirical else None, chunk_size=self.chunk_size)
+        finite_images(x)  # they would stay in the Fisher; a network that has diverged is spoiled anyway
+        plain = {plain_name(model, name): (name, p) for name, p in model.named_parameters()}
+        # What was measured once is measured again, also while it is frozen.
+        held = {n: name for n, (name, p) in plain.items() if p.requires_grad or n in self.fisher}
+        new = diagonal_fisher(
+            model, x, y if self.empirical else None, chunk_size=self.chunk_size, names=held.values() or None
+        )
         # eq-continual-ewc:  F <- gamma F + F_new
-        self.fisher = {n: self.decay * self.fisher[n] + f if n in self.fisher else f for n, f in new.items()}
-        self.anchor = {name: t.clone() for name, t in _trainable(model).items()}
+        self.fisher = {n: self.decay * self.fisher.get(n, 0.0) + new[name] for n, name in held.items()}
+        self.anchor = {n: plain[n][1].detach().clone() for n in held}
 
 
-def _trainable(model: nn.Module) -> dict[str, Tensor]:
-    theta = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    if not theta:
+def _parameters(model: nn.Module, names: Collection[str] | None) -> dict[nn.Parameter, str]:
+    """The weights to measure, in the model's order, and their names."""
+    every = dict(model.named_parameters())
+    if unknown := sorted(set(names or ()) - every.keys()):
+        raise ValueError(f"names: expected some of the model's weights, got {unknown} too")
+    found = {p: name for name, p in every.items() if (p.requires_grad if names is None else name in names)}
+    if not found:
         raise ValueError("model: expected trainable weights, got none that requires a gradient")
-    return theta
+    return found
 
 
 def _wide(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: at_least_float32(t) for name, t in tensors.items()}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards every module is in its own mode again, whatever happened."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -32,7 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..._checks import integer, number
+from ..._checks import at_least_float32, integer, number
+from ..core._steps import classes_in
 from ..core.replay import Reservoir
 from ..core.rule import FineTune
 
@@ -76,18 +77,24 @@ def derpp_loss(
     """
     if first.shape != stored.shape:  # which mean((f - z)^2) would broadcast
         raise ValueError(f"first, stored: expected one shape, got {tuple(first.shape)} and {tuple(stored.shape)}")
+    first, stored = at_least_float32(first), at_least_float32(stored)  # squares of half precision vanish
     # eq-continual-derpp:  CE(f(x), y) + alpha mean (f(x') - z')^2 + beta CE(f(x''), y'')
     return F.cross_entropy(new, y) + alpha * F.mse_loss(first, stored) + beta * F.cross_entropy(second, y_second)
 
 
 def ace_mask(logits: Tensor, y: Tensor, seen: int) -> Tensor:
-    """Classes that compete for a new batch: its own, and those not yet seen; ``(N, K)``, all rows alike.
+    """Classes that compete for a new batch: its own, and those not yet seen; as the logits, all rows alike.
 
     Args:
+        logits: ``(N, K)``, or ``(N, K, ...)`` of each pixel.
+        y: labels of the batch.
         seen: number of classes of this and all earlier tasks, which come first.
+
+    Raises:
+        ValueError: logits of one axis.
     """
-    k = torch.arange(logits.shape[-1], device=logits.device)
-    return (torch.isin(k, y) | (k >= seen)).expand_as(logits)
+    k = torch.arange(classes_in(logits), device=logits.device)
+    return (torch.isin(k, y) | (k >= seen)).view(-1, *[1] * (logits.ndim - 2)).expand_as(logits)
 
 
 def er_ace_loss(new: Tensor, y: Tensor, seen: int, old: Tensor | None = None, y_old: Tensor | None = None) -> Tensor:

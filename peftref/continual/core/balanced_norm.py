@@ -64,8 +64,20 @@ def balanced_norm(
     wide = at_least_float32(x).contiguous()
     scale = wide.new_ones(x.shape[1]) if scale is None else scale.to(wide)
     shift = wide.new_zeros(x.shape[1]) if shift is None else shift.to(wide)
-    y, mu, v = _BalancedNorm.apply(wide, weights.to(wide), scale, shift, eps)
+    y, mu, v, *_ = _BalancedNorm.apply(wide, weights.to(wide), scale, shift, eps)
     return y.to(x.dtype), mu, v
+
+
+def check_batch(x: Tensor, channels: int) -> None:
+    """Refuse what has no statistics to train on.
+
+    Raises:
+        ValueError: not a batch of this many channels, or one value in each, whose variance would be 0.
+    """
+    if x.ndim < 2 or x.shape[1] != channels or not x.numel():
+        raise ValueError(f"x: expected a batch (B, {channels}, ...), got shape {tuple(x.shape)}")
+    if x.numel() == channels:
+        raise ValueError(f"x: expected more than 1 value per channel when training, got shape {tuple(x.shape)}")
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,23 +100,30 @@ def _mix(mean: Tensor, var: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 class _BalancedNorm(torch.autograd.Function):
     """By hand: autograd would keep a centred copy of the batch, and pass over it several times more."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, ...]:
+    def forward(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, ...]:
         mean, var = _moments(x)
         mu, v = _mix(mean, var, w)
+        return F.batch_norm(x, mu, v, scale, shift, False, 0.0, eps), mu, v, mean, var
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, w, scale, _, ctx.eps = inputs
+        _, mu, v, mean, var = output
+        ctx.mark_non_differentiable(mean, var)
         ctx.save_for_backward(x, w, scale, mean, var, mu, v)
-        ctx.eps = eps
-        return F.batch_norm(x, mu, v, scale, shift, False, 0.0, eps), mu, v
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor, g_mu: Tensor, g_v: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor, g_mu: Tensor, g_v: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, w, scale, mean, var, mu, v = ctx.saved_tensors
         # As if mu and v were constants: scale r g, and the sums of g (x - mu) r and of g.
-        gx, g_scale, g_shift = torch.ops.aten.native_batch_norm_backward(
-            g.contiguous(), x, scale, mu, v, None, None, False, ctx.eps, [True, True, True]
-        )
         r = (v + ctx.eps).rsqrt()
+        gx, g_scale, g_shift = torch.ops.aten.native_batch_norm_backward(
+            g.contiguous(), x, scale, mu, v, mu, r, False, ctx.eps, [True, True, True]
+        )
         slope = scale * r
         # eq-adab2n-gradient:  the whole derivatives by v and mu, then what these send to x and to w
         d_v = torch.addcmul(g_v, slope * r, g_scale, value=-0.5)

@@ -27,11 +27,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..._wrapped import plain_name
 
 __all__ = ["EFFICIENTNET", "FiLM", "film_parameters", "inject_film", "merge_film", "remove_film"]
 
@@ -44,6 +47,8 @@ EFFICIENTNET = r"(?:model\.)*(?:bn[12]|blocks\.0\.\d+\.bn1|blocks\.[1-9]\.\d+\.b
 
 class FiLM(nn.Module):
     """A normalisation layer followed by h_c <- gamma_c h_c + beta_c in each channel c; the identity at first.
+
+    What one may ask of the layer it answers as the layer does, and ``weight`` and ``bias`` with those of eq-fsa-fold.
 
     Args:
         norm: with a weight and a bias; called as it is, in whichever mode it is in.
@@ -62,6 +67,15 @@ class FiLM(nn.Module):
         self.norm = norm
         self.gamma = nn.Parameter(torch.ones_like(norm.weight))
         self.beta = nn.Parameter(torch.zeros_like(norm.bias))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__"):
+                raise
+            # Whoever uses the weight without a call (a TransformerEncoderLayer in eval mode) gets the folded one.
+            return self.folded()[name] if name in ("weight", "bias") else getattr(super().__getattr__("norm"), name)
 
     def folded(self) -> dict[str, Tensor]:
         """Weight gamma w and bias gamma b + beta of the one affine map (eq-fsa-fold)."""
@@ -82,14 +96,14 @@ def inject_film(model: nn.Module, layers: str | Iterable[str] | None = None) -> 
             BatchNorm, GroupNorm and LayerNorm that has a weight and a bias.
 
     Returns:
-        The names of the layers, as they were.
+        The names of the layers, as they were, without the words that the wrappers of torch add.
 
     Raises:
         ValueError: no such layer, one without weight and bias, or a model that has FiLM already.
     """
     if any(isinstance(m, FiLM) for m in model.modules()):
         raise ValueError("model: expected one without FiLM; merge_film or remove_film first")
-    norms = {name: m for name, m in model.named_modules() if isinstance(m, NORMS)}
+    norms = {plain_name(model, name): m for name, m in model.named_modules() if isinstance(m, NORMS)}
     affine = [name for name, m in norms.items() if m.weight is not None and m.bias is not None]
     if layers is None:
         names = affine

@@ -24,13 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._steps import classes_in
+
 __all__ = ["DynamicHead", "local_loss"]
 
 
 def local_loss(logits: Tensor, y: Tensor, start: int) -> Tensor:
     """Cross-entropy among the classes from ``start`` on, -log softmax of z over k >= start, at y (eq-lae-local).
 
-    ``(N, K), (N,) -> ()``. Of a single class it is 0.
+    ``(N, K), (N,) -> ()``, or ``(N, K, ...), (N, ...) -> ()``. Of a single class it is 0.
 
     Args:
         logits: of all classes.
@@ -38,13 +40,13 @@ def local_loss(logits: Tensor, y: Tensor, start: int) -> Tensor:
         start: first of these.
 
     Raises:
-        ValueError: a label outside of these classes.
+        ValueError: a label outside of these classes, or logits of one axis.
 
     >>> z = torch.tensor([[9.0, 9.0, 0.0, 0.0]])
     >>> local_loss(z, torch.tensor([3]), start=2)               # log 2: the old classes do not compete
     tensor(0.6931)
     """
-    check_labels(y, start, logits.shape[-1])
+    check_labels(y, start, classes_in(logits))
     # eq-lae-local:  -log softmax of z over k >= start, at y
     return F.cross_entropy(logits[:, start:], y - start)
 

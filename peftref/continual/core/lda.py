@@ -169,7 +169,8 @@ class LDA(nn.Module):
     The logits are z_c = phi.w_c + b_c with w_c = S^-1 mu_c and b_c = -mu_c.w_c / 2 + log pi_c.
 
     The weights are computed when they are first asked for, and kept until something new was learned. All of its state
-    is in ``state_dict()``, which loads into a head of any size. Statistics stay in float64 under ``.half()``.
+    is in ``state_dict()``, settings included, which loads into a head of any size and other settings. Statistics
+    stay in float64 under ``.half()``.
 
     Args:
         scatter: "total" or "within", see :func:`discriminant`.
@@ -281,6 +282,19 @@ class LDA(nn.Module):
         self.counts, self.means, self.within = m
         self._fitted = None
 
+    def get_extra_state(self) -> Tensor:
+        """The settings as numbers: scatter, ridge, ridge_rel, prior."""
+        scatter, ridge, ridge_rel, prior = self.settings.values()
+        return torch.tensor([SCATTERS.index(scatter), ridge, ridge_rel, PRIORS.index(prior)], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over what :meth:`get_extra_state` gave."""
+        scatter, ridge, ridge_rel, prior = state.tolist()
+        values = (SCATTERS[int(scatter)], ridge, ridge_rel, PRIORS[int(prior)])
+        _check(*values)
+        self.settings = dict(zip(self.settings, values, strict=True))
+        self._fitted = None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LDA:
         # .to(), .cuda(), .half() ...: the device changes, never the precision
         device = fn(torch.zeros(0, device=self.within.device)).device
@@ -288,7 +302,8 @@ class LDA(nn.Module):
         return self
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        # a head grows: stored sizes are taken over
+        # a head grows: stored sizes are taken over; a state of before settings were kept leaves them as they are
+        state.setdefault(prefix + "_extra_state", self.get_extra_state())
         own: list[Any] = [state.get(prefix + name) for name in ("classes_", *Moments._fields)]
         if all(t is not None for t in own):
             shapes = [tuple(t.shape) for t in own]

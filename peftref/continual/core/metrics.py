@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ._steps import tensor_of
 from .streams import Task
 
 __all__ = [
@@ -38,21 +39,26 @@ def evaluate(
     """Accuracy in % on the test images of each task: a row of the matrix, ``(T,)``.
 
     Args:
-        predict: images -> logits of all classes ``(N, K)``; a module is used in the mode it is in.
+        predict: images -> logits of all classes ``(N, K)``, or ``(N, K, ...)`` with a label for each pixel; a module is
+            used in the mode it is in.
         own_classes: let only the classes of the image's own task compete (task-incremental).
         batch_size: images of a call.
 
     Raises:
-        ValueError: no tasks, or a batch of less than one image.
+        TypeError: predictions that are no tensor.
+        ValueError: no tasks, a batch of less than one image, or logits that do not fit the labels.
     """
     if not tasks or batch_size < 1:
         raise ValueError(f"tasks, batch_size: expected at least one of each, got {len(tasks)} and {batch_size}")
     row = []
     for task in tasks:
-        logits = torch.cat([predict(x) for x in task.test.x.split(batch_size)])
+        logits = torch.cat([tensor_of(predict(x)) for x in task.test.x.split(batch_size)])
+        if logits.ndim < 2 or logits[:, 0].shape != task.test.y.shape:
+            shapes = f"{tuple(logits.shape)} for labels {tuple(task.test.y.shape)}"
+            raise ValueError(f"predict: expected logits (N, K) for labels (N,), got {shapes}")
         if own_classes:
             logits = logits[:, task.classes.start : task.classes.stop]
-        right = logits.argmax(-1) + (task.classes.start if own_classes else 0) == task.test.y
+        right = logits.argmax(1) + (task.classes.start if own_classes else 0) == task.test.y
         row.append(100 * right.cpu().double().mean())  # not every accelerator has float64
     return torch.stack(row)
 

@@ -61,6 +61,7 @@ from ...adapters.core.host import Host
 from ...adapters.core.injection import build, install
 from ...adapters.core.layers import Layer, view
 from ...adapters.core.targets import modules_by_name
+from ._steps import in_mode, tensor_of
 
 __all__ = ["AttentionHost", "Prefix", "heads", "inject_prefix", "prefix_attention", "prefix_share"]
 
@@ -174,9 +175,11 @@ class Prefix(Adapter):
 class AttentionHost(Host):
     """A host whose adapter may compute the attention itself, instead of correcting what was computed without it."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **more: Any) -> Tensor:
         if attn_mask is not None or is_causal:
             raise ValueError("attn_mask, is_causal: expected None and False, as in an image network")
+        if given := [name for name, value in more.items() if value is not None]:
+            raise ValueError(f"{', '.join(given)}: expected None, as the attention with a prefix uses tokens alone")
         return super().forward(x)
 
     def _whole(self, adapter: Adapter, x: Tensor) -> Tensor | None:
@@ -224,15 +227,46 @@ def heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return getattr(attn, "q_norm", nn.Identity())(q), getattr(attn, "k_norm", nn.Identity())(k), v
 
 
+def _reproduced(attn: Any, x: Tensor) -> Tensor:
+    """The attention without a prefix, as :meth:`Prefix.whole` computes it."""
+    y = F.scaled_dot_product_attention(*heads(attn, x))
+    out: Tensor = attn.proj(y.transpose(1, 2).flatten(2))
+    return out
+
+
 def _check(attn: Any) -> None:
     """Refuse what :meth:`Prefix.whole` would leave out."""
     kind = type(attn).__name__
     missing = [n for n in ("qkv", "proj", "num_heads") if not hasattr(attn, n)]
     if missing:
         raise ValueError(f"base: expected an attention with qkv, proj and num_heads, got a {kind} without {missing}")
-    if attn.qkv.out_features % (3 * attn.num_heads):
-        raise ValueError(f"base: expected queries, keys and values of all heads, got {attn.qkv.out_features} outputs")
+    outputs = getattr(attn.qkv, "out_features", 0)
+    if not outputs or outputs % (3 * attn.num_heads):
+        raise ValueError(f"base: expected queries, keys and values of all heads, got {outputs} outputs of a {kind}")
     more = [n for n in ("norm", "gate") if not isinstance(getattr(attn, n, None), (nn.Identity, type(None)))]
     more += [n for n in ("attn_drop", "proj_drop") if getattr(getattr(attn, n, None), "p", 0.0)]
     if more:
         raise ValueError(f"base: expected an attention without {', '.join(more)}, got a {kind} that has them")
+    parts = {name.partition(".")[0] for name, _ in [*attn.named_parameters(), *attn.named_buffers()]}
+    if unused := sorted(parts - {"qkv", "proj", "q_norm", "k_norm"}):
+        raise ValueError(f"base: expected an attention of qkv and proj alone, got a {kind} with {unused} too")
+    _compare(attn, kind)
+
+
+@torch.no_grad()
+def _compare(attn: Any, kind: str) -> None:
+    """Refuse an attention that gives something else, on tokens drawn at random, than its qkv and proj do here."""
+    like = next(attn.parameters())
+    if like.is_meta:
+        return
+    generator = torch.Generator().manual_seed(0)
+    x = 3 * torch.randn(2, 5, attn.qkv.in_features, generator=generator).to(like)
+    with in_mode(attn, False):
+        try:
+            theirs = attn(x)
+            gap = (tensor_of(theirs) - _reproduced(attn, x)).abs().max()
+            share = gap / theirs.abs().max().clamp_min(torch.finfo(like.dtype).tiny)
+        except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, IndexError) as error:
+            raise ValueError(f"base: expected an attention of tokens (N, T, d), got a {kind}: {error}") from None
+    if not share <= torch.finfo(like.dtype).eps ** 0.5:
+        raise ValueError(f"base: expected softmax(q k^T / sqrt d) v, got a {kind}, which is {share:.0%} off it")

@@ -26,7 +26,8 @@ __all__ = ["Reservoir"]
 class Reservoir:
     """Holds M samples of a stream, each a row in one or more tensors (image, label, logits ...).
 
-    Rows are kept on the device of the first batch; the generator lives on the CPU, so the choice does not depend on it.
+    Rows are kept on the device of the first batch, in the widest type of integers or of floating-point numbers that
+    came, so that every one is kept as it was; the generator lives on the CPU, so the choice does not depend on it.
 
     Args:
         size: M.
@@ -34,6 +35,8 @@ class Reservoir:
 
     Raises:
         ValueError: M below 1; from ``add``, tensors of unequal length or unlike the ones before.
+        TypeError: from ``add``, integers where there were floating-point numbers (images in 0..255 and in [0, 1]), or
+            the other way round, or types that no third one holds. Nothing has changed then.
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:
@@ -54,8 +57,10 @@ class Reservoir:
         want, got = ([tuple(t.shape[1:]) for t in group] for group in (self.rows or batch, batch))
         if want != got:
             raise ValueError(f"batch: expected rows of shapes {want}, as before, got {got}")
+        types = [_wider(held.dtype, t.dtype) for held, t in zip(self.rows or batch, batch, strict=True)]
         if not self.rows:
             self.rows = tuple(t.new_zeros(self.size, *t.shape[1:]) for t in batch)
+        self.rows = tuple(held.to(dtype) for held, dtype in zip(self.rows, types, strict=True))
         # eq-continual-reservoir:  slot j while j < M, then slot r ~ U{0..j} if r < M
         j = self.seen + torch.arange(lengths[0])
         r = (torch.rand(len(j), dtype=torch.float64, generator=self.generator) * (j + 1)).long()  # uniform on 0..j
@@ -92,3 +97,14 @@ class Reservoir:
         self.rows = rows
         self.seen = seen
         self.generator = generator
+
+
+def _wider(held: torch.dtype, new: torch.dtype) -> torch.dtype:
+    """The type that holds the numbers of both exactly."""
+    try:
+        both = torch.promote_types(held, new)
+    except RuntimeError:
+        both = None
+    if both is None or held.is_floating_point != new.is_floating_point or held.is_complex != new.is_complex:
+        raise TypeError(f"batch: expected rows of {held}, as before, or of a type of its kind, got {new}")
+    return both

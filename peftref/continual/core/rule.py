@@ -24,6 +24,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._steps import tensor_of
+
 __all__ = ["FineTune"]
 
 Forward = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -31,8 +33,7 @@ Penalty = Callable[[nn.Module], Tensor | float]
 
 
 def _images_only(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    logits: Tensor = model(x)
-    return logits
+    return tensor_of(model(x))
 
 
 def _nothing(model: nn.Module) -> float:

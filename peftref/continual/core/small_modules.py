@@ -16,7 +16,7 @@ argument                   here                       shape
 =========================  =========================  ==========
 ``down``, ``up``           :math:`W_d, W_u`           ``(h, d)``, ``(d, h)``
 ``A_k``, ``A_v``           :math:`A_k, A_v`           ``(r, i)``
-``B_k``, ``B_v``           :math:`B_k, B_v`           ``(o / 3, r)``
+``B_k``, ``B_v``           :math:`B_k, B_v`           ``(kv, r)``
 ``s``, ``s_k``, ``s_v``    :math:`s, s_k, s_v`        ``()``
 =========================  =========================  ==========
 
@@ -50,6 +50,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..._checks import integer
 from ...adapters.core.adapter import Adapter
 from ...adapters.core.layers import Layer, view, width
 
@@ -113,40 +114,47 @@ class KVLoRA(Adapter):
     In one projection to queries, keys and values.
 
     Args:
-        base: the frozen ``qkv``, with outputs in this order.
+        base: the frozen ``qkv``, with all queries first, then all keys, then all values; not head by head, as in
+            GPT-NeoX, BLOOM and Falcon, which a layer does not show.
         r: rank (5: official configuration). Above the width it adds weights and no freedom, but is allowed.
+        kv: outputs that are keys, and as many that are values; default: a third each, of three times the inputs. To be
+            given where heads share their keys (number of key heads times their width) or are narrower or wider.
 
     Raises:
-        ValueError: a rank that is no positive integer, or outputs that do not divide by three.
+        ValueError: a rank that is no positive integer, or outputs of which ``kv`` has to say which are the keys.
     """
 
     kind = "kv_lora"
-    options = ("r",)
+    options = ("r", "kv")
 
-    def __init__(self, base: Layer, r: int = 5) -> None:
+    def __init__(self, base: Layer, r: int = 5, kv: int | None = None) -> None:
         super().__init__()
         if isinstance(r, bool) or not isinstance(r, int) or r < 1:
             raise ValueError(f"r: expected a positive integer, got {r!r}")
-        if base.out_features % 3:
-            raise ValueError(f"base: expected queries, keys and values side by side, got {base.out_features} outputs")
+        outputs = base.out_features
+        if kv is None and outputs != 3 * base.in_features:
+            got = f"{outputs} outputs of {base.in_features} inputs"
+            raise ValueError(f"base: expected as many queries, keys and values as inputs, or kv to be given, got {got}")
+        width = integer("kv", outputs // 3 if kv is None else kv, 1, (outputs - 1) // 2)
         self.r = r
+        self.kv = kv
         bound = 1 / math.sqrt(base.in_features)
         self.A_k, self.A_v = (nn.Parameter(torch.empty(r, base.in_features).uniform_(-bound, bound)) for _ in range(2))
-        self.B_k, self.B_v = (nn.Parameter(torch.zeros(base.out_features // 3, r)) for _ in range(2))
+        self.B_k, self.B_v = (nn.Parameter(torch.zeros(width, r)) for _ in range(2))
         self.s_k, self.s_v = (nn.Parameter(torch.ones(())) for _ in range(2))
 
     def forward(self, x: Tensor, y0: Tensor, base: Layer) -> Tensor:
         # eq-lae-kvlora:  (0, s_k (x A_k^T) B_k^T, s_v (x A_v^T) B_v^T), never a d x d matrix
         k, v = base.linear(x, torch.cat([self.A_k, self.A_v])).chunk(2, -1)  # (..., r) each
         k = F.linear(self.s_k * k, self.B_k)
-        v = F.linear(self.s_v * v, self.B_v)  # (..., o / 3) each
-        return F.pad(torch.cat([k, v], -1), (k.shape[-1], 0))
+        v = F.linear(self.s_v * v, self.B_v)  # (..., kv) each
+        return F.pad(torch.cat([k, v], -1), (base.out_features - 2 * k.shape[-1], 0))
 
     def delta(self, base: Layer) -> tuple[Tensor, None]:
         # eq-lae-kvlora
         k = self.s_k * self.B_k @ self.A_k
         v = self.s_v * self.B_v @ self.A_v
-        return torch.cat([torch.zeros_like(k), k, v]), None
+        return F.pad(torch.cat([k, v]), (0, 0, base.out_features - 2 * len(k), 0)), None
 
 
 class Experts(Adapter):

@@ -107,12 +107,24 @@ def domain_incremental(*data: Dataset) -> list[Task]:
     return [Task(d.classes, range(len(d.classes)), d.train, _of(d.train, 0, 0), d.test) for d in data]
 
 
-def task_of(tasks: Sequence[Task]) -> Tensor:
-    """Class -> the first task that brings it, ``(K,)``."""
+def task_of(tasks: Sequence[Task], *, apart: bool = False) -> Tensor:
+    """Class -> the first task that brings it, ``(K,)``.
+
+    Args:
+        tasks: of a stream, from its first task on.
+        apart: refuse a class that several tasks bring, which does not tell the task of a sample.
+
+    Raises:
+        ValueError: a class below the largest that no task brings, or, with ``apart``, one that several bring.
+    """
     owner: dict[int, int] = {}
     for t, task in enumerate(tasks):
         for k in task.classes:
             owner.setdefault(k, t)
+    if sorted(owner) != list(range(len(owner))):
+        raise ValueError(f"tasks: expected classes from 0 on without a gap, got {sorted(owner)}")
+    if apart and sum(len(task.classes) for task in tasks) > len(owner):
+        raise ValueError(f"tasks: expected new classes in each, got {[task.classes for task in tasks]}")
     return torch.tensor([owner[k] for k in sorted(owner)])
 
 

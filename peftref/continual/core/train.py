@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from ..._checks import number
 from ...data import Split
-from ...fitting import batches, check_batches
+from ...fitting import check_batches
+from ._steps import dealt, descend, finite_images, needs_two
 from .metrics import evaluate
 from .rule import FineTune
 from .streams import Task
@@ -53,7 +54,8 @@ def learn(
         rule: what to minimise, for example :class:`peftref.continual.baselines.rehearsal.ER`; a new one for each
             stream, as it carries what it keeps of the tasks.
         lr: of the optimiser.
-        batch_size: new samples of a step (10: online protocols).
+        batch_size: new samples of a step (10: online protocols). Where the model's BatchNorm cannot train on a rest of
+            one image, that image comes with the batch before it.
         epochs: passes over the images of a task (1: the online setting).
         seed: of the order of the batches.
         optimizer: ``optimizer(parameters, lr=lr)``, one for the whole stream (plain SGD: online protocols).
@@ -65,9 +67,10 @@ def learn(
 
     Raises:
         TypeError: a model that is no module; before it is touched.
-        ValueError: nothing to train, no images, or a number out of range; before the model is touched.
+        ValueError: nothing to train, no images, images that are not finite, batches of one image that the model's
+            BatchNorm cannot train on, or a number out of range; before the model is touched.
     """
-    _check(model, tasks, lr=lr, batch_size=batch_size, epochs=epochs)
+    join = _check(model, tasks, lr=lr, batch_size=batch_size, epochs=epochs)
     generator = torch.Generator().manual_seed(seed)
     steps = optimizer([p for p in model.parameters() if p.requires_grad], lr=lr)
     rows = []
@@ -77,10 +80,8 @@ def learn(
         rule.begin_task(t, classes)
         before(t)
         model.train()
-        for x, y in batches(task.train, batch_size, epochs=epochs, generator=generator):
-            steps.zero_grad()
-            rule.loss(model, x, y).backward()
-            steps.step()
+        for x, y in dealt(task.train, batch_size, epochs=epochs, generator=generator, join=join):
+            descend(rule.loss(model, x, y), steps)
             rule.observe(x, y)
         model.eval()
         rule.end_task(model, *task.train)
@@ -127,7 +128,8 @@ def joint(
     return evaluate(model, tasks)
 
 
-def _check(model: nn.Module, tasks: Sequence[Task], *, lr: float, batch_size: int, epochs: int) -> None:
+def _check(model: nn.Module, tasks: Sequence[Task], *, lr: float, batch_size: int, epochs: int) -> bool:
+    """Whether a rest of one image is to be joined to the batch before it."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not any(p.requires_grad for p in model.parameters()):
@@ -137,3 +139,6 @@ def _check(model: nn.Module, tasks: Sequence[Task], *, lr: float, batch_size: in
         raise ValueError(f"tasks: expected some, each with images to train and to test on, got {sizes}")
     number("lr", lr, 0.0)
     check_batches(batch_size, epochs)
+    for t, task in enumerate(tasks):
+        finite_images(task.train.x, f"tasks[{t}].train.x")
+    return needs_two(model, [len(task.train.y) for task in tasks], batch_size, tasks[0].train.x[:1])
