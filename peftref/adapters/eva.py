@@ -176,8 +176,7 @@ def collect(
             :func:`~peftref.adapters.core.spectra.agreement`.
         mask: batch -> which tokens count (True), in the shape of all layers' inputs but the last axis; None for all.
             By default those attended to that have a label; of an encoder-decoder model of transformers, the encoder's
-            by its attention mask, the decoder's by theirs or by the labels
-            (:func:`~peftref.adapters.core.activations.masks_of`).
+            by the attention mask, the decoder's by the decoder's own and the labels.
         forward: runs the model on a batch, ``forward(model, batch)``.
 
     Raises:
@@ -279,7 +278,7 @@ def inject_eva(
     new = build(model, LoRA, exactly(names), per_layer={n: own[names[n]] for n in names}, **options)
     for n, adapter in new.items():
         A = adapter.get_parameter("lora_A.weight")
-        A.data.copy_(start(found.spectra[names[n]], adapter.r, whiten=whiten).view_as(A))
+        A.data.copy_(start(found.spectra[names[n]], ranks[names[n]], whiten=whiten).view_as(A))
     install(model, new, name, freeze=freeze)
     return [names[n] for n in new]
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from .layers import view
 
-__all__ = ["input_rows", "masks_of", "record_inputs", "run", "shared_inputs", "token_mask"]
+__all__ = ["input_rows", "record_inputs", "run", "shared_inputs", "token_mask"]
 
 DECODER = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")  # then labels are the decoder's
 
@@ -142,7 +142,8 @@ def token_mask(batch: Any, ignore: int | None = -100) -> Tensor | None:
     others = [t for key, t in batch.items() if isinstance(t, Tensor) and key != "labels"] if mask is None else [mask]
     if labels is None or labels.is_floating_point() or (others and not any(_one_each(labels, t) for t in others)):
         return None if mask is None else mask.bool()
-    return labels != ignore if mask is None else mask.bool() & (labels != ignore)
+    labelled = labels.ne(ignore)
+    return labelled if mask is None else mask.bool() & labelled
 
 
 @contextmanager
@@ -151,9 +152,9 @@ def masks_of(
 ) -> Iterator[Callable[[str, Tensor], Tensor | None]]:
     """A function from a layer's name and input to the mask of this input, for one pass within the block.
 
-    It is ``mask(batch)`` for all layers; but with :func:`token_mask` (or a ``partial`` of it), of an encoder-decoder model (transformers'
-    ``get_encoder`` and ``get_decoder``): there the encoder's tokens, which the decoder's cross-attention reads too,
-    count by ``attention_mask``, and the decoder's by ``decoder_attention_mask`` and where a label is not -100.
+    It is ``mask(batch)`` for all layers. But with :func:`token_mask`, or a ``partial`` of it, and an encoder-decoder
+    model of transformers, the encoder's tokens, which the decoder's cross-attention reads too, count by
+    ``attention_mask``, and the decoder's by ``decoder_attention_mask`` and where a label is not -100.
 
     Args:
         model: runs within the block, without wrappers.

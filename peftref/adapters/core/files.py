@@ -97,9 +97,7 @@ def config(model: nn.Module, name: str = "default", *, modules: Iterable[str] | 
     return {"target_modules": targets, "inference_mode": True, **written(kind, common), **patterns, **layout}
 
 
-def save(
-    model: nn.Module, path: str | Path, name: str = "default", *, modules: Iterable[str] | None = None
-) -> None:
+def save(model: nn.Module, path: str | Path, name: str = "default", *, modules: Iterable[str] | None = None) -> None:
     """Write one adapter to a folder, which is made if need be. The model may be merged; it does not change.
 
     Modules trained beside the adapter, such as a new head, go along, whole, as PEFT's ``modules_to_save``.
@@ -146,7 +144,7 @@ def load(model: nn.Module, path: str | Path, name: str = "default", *, freeze: b
     spec, tensors = read_files(path)
     kind = method(spec)
     options = options_of(kind, spec)
-    targets = spec.get("target_modules")
+    targets: Any = spec.get("target_modules")
     tensors = {_now(key, kind): t for key, t in tensors.items()}
     layers = meant(model, targets, spec.get("exclude_modules") or (), any_module=kind.any_module)
     if spec.get("fan_in_fan_out") and not _transposed(model, layers):

@@ -12,14 +12,11 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .adapter import KINDS, Adapter
-
-__all__ = ["by_layer", "method", "misfits", "options_of", "read_files", "written"]
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -75,7 +72,8 @@ def method(spec: Mapping[str, Any]) -> type[Adapter]:
     """The method of a configuration: a subclass that is there, or the one in the module of that name.
 
     Raises:
-        ValueError: an unknown one, or an option of PEFT that is not implemented.
+        TypeError: targets that are no names.
+        ValueError: an unknown one, or an option of PEFT that is not implemented or of another type.
     """
     peft_type = spec.get("peft_type")
     slug = HOMES.get(str(peft_type), str(peft_type).lower())
@@ -92,6 +90,9 @@ def method(spec: Mapping[str, Any]) -> type[Adapter]:
         allowed = kind.peft.ignored.get(option, EMPTY)
         if option not in read and allowed is not ... and value not in allowed:
             raise ValueError(f"{option}: expected one of {allowed}, the only ones implemented, got {value!r}")
+    for option in ("target_modules", "exclude_modules"):
+        if not isinstance(spec.get(option), str | list | None):
+            raise TypeError(f"{option}: expected names of layers or one regular expression, got {spec[option]!r}")
     for option, of in {"fan_in_fan_out": bool, "modules_to_save": list}.items():
         if not isinstance(spec.get(option), of | None):
             raise ValueError(f"{option}: expected a {of.__name__}, got {spec[option]!r}")
@@ -163,17 +164,19 @@ def _alike(place: Tensor, t: Tensor) -> bool:
 
 
 def _typed(kind: type[Adapter], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, where each has the type of its default."""
+    """The options, where none is of another type than its default: a word for a truth, a truth for a number."""
     arguments = inspect.signature(kind.__init__).parameters
     for name, value in options.items():
         default = arguments[name].default if name in arguments else None
+        other: tuple[type, ...] = ()  # types that an option with this default never has
         if isinstance(default, bool):
-            right = isinstance(value, bool)
+            other = (str, int, float, list, dict, type(None))
         elif isinstance(default, Real):
-            right = isinstance(value, Real) and not isinstance(value, bool)
-        else:
-            right = not isinstance(default, str) or isinstance(value, str)
-        if not right:
+            other = (str,)
+        elif isinstance(default, str):
+            other = (int, float)
+        mistaken = isinstance(value, bool) and not isinstance(default, bool) and default is not None
+        if mistaken or (isinstance(value, other) and type(value) is not type(default)):
             raise ValueError(f"{name}: expected a {type(default).__name__}, got {value!r}")
     return dict(options)
 

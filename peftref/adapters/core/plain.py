@@ -17,8 +17,6 @@ from torch import nn
 from ..._wrapped import plain_name, unwrapped
 from .targets import find, frozen_module, matches, modules_by_name
 
-__all__ = ["exactly", "meant", "plainly"]
-
 T = TypeVar("T")
 
 

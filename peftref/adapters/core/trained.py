@@ -23,8 +23,6 @@ from .host import Host
 from .plain import plainly
 from .targets import frozen_module, modules_by_name
 
-__all__ = ["bare_modules", "kept", "keyed", "listed", "saved_places", "shared_with", "trained"]
-
 PREFIX = "base_model.model."  # what PEFT's two wrappers put in front of every name
 
 
