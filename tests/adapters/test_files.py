@@ -294,7 +294,8 @@ def test_options_of_a_newer_peft_that_are_off(tmp_path) -> None:
         use_dora=False, lora_bias=False, layers_to_transform=None, target_parameters=None, exclude_modules=None,
         layer_replication=None, loftq_config={}, corda_config=None, megatron_config=None, peft_version="0.99.0",
         eva_config={"rho": 2.0}, init_lora_weights="eva", task_type="CAUSAL_LM",
-        modules_to_save=["classifier", "score"], runtime_config={"ephemeral_gpu_offload": False}, ensure_weight_tying=True, arrow_config=None,
+        modules_to_save=["classifier", "score"], runtime_config={"ephemeral_gpu_offload": False},
+        ensure_weight_tying=True, arrow_config=None,
     )  # fmt: skip
     other = net()
     load(other, tmp_path)

@@ -142,7 +142,7 @@ def token_mask(batch: Any, ignore: int | None = -100) -> Tensor | None:
     others = [t for key, t in batch.items() if isinstance(t, Tensor) and key != "labels"] if mask is None else [mask]
     if labels is None or labels.is_floating_point() or (others and not any(_one_each(labels, t) for t in others)):
         return None if mask is None else mask.bool()
-    labelled = labels.ne(ignore)
+    labelled = labels != torch.as_tensor(ignore)
     return labelled if mask is None else mask.bool() & labelled
 
 
