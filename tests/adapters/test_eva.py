@@ -175,7 +175,7 @@ def test_a_loud_direction_along_no_axis(route: str, loud: float, center: bool) -
     near = cosines(spectrum.components[:6], right.Vh[:6]).abs()
     assert near.min() > (1 - 1e-6 if route == "gram" else 0.998)
     if route == "gram":
-        assert_close(spectrum.singular.double(), right.S[:8], rtol=1e-5, atol=0)
+        assert_close(spectrum.singular.double(), right.S[:8], rtol=1e-4, atol=0)
 
 
 def test_no_rows_have_no_spectrum() -> None:
