@@ -45,7 +45,6 @@ True
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -56,12 +55,14 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import integer, number, one_of
+from .._wrapped import unwrapped
 from .baselines.lora import LoRA
-from .core.activations import input_rows, record_inputs, run, shared_inputs, token_mask
+from .core.activations import input_rows, masks_of, record_inputs, run, shared_inputs, token_mask
 from .core.injection import build, install
 from .core.layers import view
+from .core.plain import exactly, meant
 from .core.spectra import ROUTES, Accumulator, Spectrum
-from .core.targets import find
+from .core.targets import frozen_module, modules_by_name
 
 __all__ = ["Directions", "collect", "inject_eva", "redistribute", "start"]
 
@@ -174,6 +175,8 @@ def collect(
         subspace: compare spaces instead of single directions, as in
             :func:`~peftref.adapters.core.spectra.agreement`.
         mask: batch -> which tokens count (True), in the shape of all layers' inputs but the last axis; None for all.
+            By default those attended to that have a label; of an encoder-decoder model of transformers, the encoder's
+            by the attention mask, the decoder's by the decoder's own and the labels.
         forward: runs the model on a batch, ``forward(model, batch)``.
 
     Raises:
@@ -186,7 +189,9 @@ def collect(
     number("tau", tau, 0, 1)
     integer("max_batches", max_batches, 1)
     one_of("route", route, ROUTES)
-    layers = find(model, targets, exclude)
+    model = unwrapped(model)  # hooks are not seen by what is compiled
+    named = modules_by_name(model)
+    layers = {n: frozen_module(named[own]) for n, own in meant(model, targets, exclude).items()}
     k = {n: min(round(rho * r), view(module).in_features) for n, module in layers.items()}
     budget = sum(min(r, most) for most in k.values())
     groups: dict[str, list[str]] = {}  # first of the layers with one input -> all of them
@@ -200,9 +205,10 @@ def collect(
         awake = _moving(inputs, groups, dealt, tau, subspace)
         if not awake:
             break
-        take = partial(_take, inputs, layers, None if mask is None else mask(batch))
-        with record_inputs(model, {n: layers[n] for n in awake}, take):
-            forward(model, batch)
+        with masks_of(model, layers, batch, mask) as mask_for:
+            take = partial(_take, inputs, layers, mask_for)
+            with record_inputs(model, {n: layers[n] for n in awake}, take):
+                forward(model, batch)
         seen += 1
         states = {n: found.state for n, found in inputs.items() if found.state}
         if len(states) == len(inputs):  # on an incremental route, and beyond the first rows
@@ -267,20 +273,26 @@ def inject_eva(
     # eq-eva-alpha:  alpha_l = alpha r_l / r, so that alpha_l / r_l is the same everywhere
     scaled = {n: lora_alpha * (q / found.r) ** power if adjust else lora_alpha for n, q in ranks.items()}
     own = {n: {"r": q, "lora_alpha": scaled[n]} for n, q in ranks.items()}
-    new = build(model, LoRA, "|".join(map(re.escape, ranks)), per_layer=own, **options)
+    layers = meant(model, exactly(ranks))
+    names = {layers.get(n, n): n for n in ranks}  # in this model, which may be wrapped -> in what was found
+    new = build(model, LoRA, exactly(names), per_layer={n: own[names[n]] for n in names}, **options)
     for n, adapter in new.items():
         A = adapter.get_parameter("lora_A.weight")
-        A.data.copy_(start(found.spectra[n], ranks[n], whiten=whiten).view_as(A))
+        A.data.copy_(start(found.spectra[names[n]], ranks[names[n]], whiten=whiten).view_as(A))
     install(model, new, name, freeze=freeze)
-    return list(new)
+    return [names[n] for n in new]
 
 
 def _take(
-    inputs: Mapping[str, Accumulator], layers: Mapping[str, nn.Module], mask: Tensor | None, name: str, x: Tensor
+    inputs: Mapping[str, Accumulator],
+    layers: Mapping[str, nn.Module],
+    mask_for: Callable[[str, Tensor], Tensor | None],
+    name: str,
+    x: Tensor,
 ) -> None:
     """Hand what goes into the layer ``name`` to the accumulator of its input."""
     with torch.autocast(x.device.type, enabled=False):  # products of bfloat16 are too coarse
-        inputs[name].update(input_rows(name, layers[name], x, mask))
+        inputs[name].update(input_rows(name, layers[name], x, mask_for(name, x)))
 
 
 def _moving(

@@ -58,6 +58,7 @@ True
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,12 @@ from torch import Tensor, nn
 
 from .._checks import integer, number
 from .core.adapter import Adapter
-from .core.files import PREFIX, config, write_files
+from .core.files import config, write_files
 from .core.injection import adapters
 from .core.layers import Layer, view
+from .core.plain import plainly
 from .core.targets import frozen_module, modules_by_name
+from .core.trained import PREFIX, kept, keyed
 
 __all__ = ["Hydra", "as_lora", "save_as_lora"]
 
@@ -169,35 +172,38 @@ def _as_lora(adapter: Hydra, base: Layer) -> tuple[Tensor, Tensor, Tensor | None
     return torch.cat(rows), up, db
 
 
-def save_as_lora(model: nn.Module, path: str | Path, name: str = "default") -> None:
+def save_as_lora(
+    model: nn.Module, path: str | Path, name: str = "default", *, modules: Iterable[str] | None = None
+) -> None:
     """Write a Hydra as a LoRA that PEFT opens, exact up to rounding; the model does not change.
 
     The tie to the frozen weight is lost: trained further, it is an ordinary LoRA with a bias (``lora_bias``).
 
     Args:
-        model: with Hydras, merged or not.
+        model: with Hydras, not merged; compiled, parallel or not.
         path: a folder, which is made if need be.
         name: of the adapter.
+        modules: that go along, as in :func:`~peftref.adapters.core.files.save`.
 
     Raises:
-        ValueError: no adapter of that name.
-        TypeError: one that is no Hydra.
+        ValueError: no adapter of that name; or as in :func:`~peftref.adapters.core.files.save`.
+        TypeError: one that is no Hydra; or as in :func:`~peftref.adapters.core.files.save`.
         RuntimeError: the model is merged; its frozen weights are needed.
     """
-    found = adapters(model, name)
-    modules = modules_by_name(model)
+    found = plainly(model, adapters(model, name))
+    hosts = plainly(model, {n: modules_by_name(model)[n] for n in adapters(model, name)})
     hydras = {n: a for n, a in found.items() if isinstance(a, Hydra)}
     other = [n for n in found if n not in hydras]
     if other:
         raise TypeError(f"name: expected a Hydra, got {found[other[0]].kind} on {other[0]}")
-    if any(getattr(modules[n], "merged", False) for n in found):
+    if any(getattr(hosts[n], "merged", False) for n in found):
         raise RuntimeError("model: expected one that is not merged, got a merged one; unmerge it first")
     tensors = {}
     ranks = {}
     bias = False
     for n, adapter in hydras.items():
-        A, B, db = as_lora(adapter, modules[n])
-        base = view(frozen_module(modules[n]))
+        A, B, db = as_lora(adapter, hosts[n])
+        base = view(frozen_module(hosts[n]))
         ones = (1,) * (len(base.window) - 1)
         tensors[f"{PREFIX}{n}.lora_A.weight"] = A.unflatten(1, base.window)
         tensors[f"{PREFIX}{n}.lora_B.weight"] = B.reshape(*B.shape, *ones)
@@ -208,6 +214,7 @@ def save_as_lora(model: nn.Module, path: str | Path, name: str = "default") -> N
         tensors = {key: t for key, t in tensors.items() if not key.endswith("lora_B.bias")}
     common = max(ranks.values(), key=list(ranks.values()).count)
     pattern = {"^" + re.escape(n): r for n, r in ranks.items() if r != common}
+    own = config(model, name, modules=modules)
     spec: dict[str, Any] = {
         "peft_type": "LORA",
         "r": common,
@@ -218,7 +225,8 @@ def save_as_lora(model: nn.Module, path: str | Path, name: str = "default") -> N
         "alpha_pattern": pattern,
         "use_rslora": False,
         "inference_mode": True,
-        "target_modules": config(model, name)["target_modules"],
-        "fan_in_fan_out": any(type(frozen_module(modules[n])).__name__ == "Conv1D" for n in found),
+        "target_modules": own["target_modules"],
+        "modules_to_save": own.get("modules_to_save"),
+        "fan_in_fan_out": any(type(frozen_module(hosts[n])).__name__ == "Conv1D" for n in found),
     }
-    write_files(path, tensors, spec)
+    write_files(path, {**tensors, **keyed(kept(model, modules))}, spec)

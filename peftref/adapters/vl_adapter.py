@@ -82,12 +82,15 @@ def affine(h: Tensor, W: Tensor, b: Tensor) -> Tensor:
     if W.ndim == 2:
         return F.linear(h, W, b)
     if h.ndim < 2 or len(h) != len(W):
-        raise ValueError(f"tasks: expected the task of each of the {len(W)} elements of a batch, got {tuple(h.shape)}")
+        raise ValueError(
+            f"tasks: expected the task of each of the {len(W)} elements of a batch, got {tuple(h.shape)}; "
+            "if the batch is not the first axis, say so by batch_dim"
+        )
     rows = h.reshape(len(h), math.prod(h.shape[1:-1]), h.shape[-1])  # (N, tokens, i)
     return torch.baddbmm(b[:, None], rows, W.mT).reshape(*h.shape[:-1], W.shape[1])
 
 
-def bottleneck(h: Tensor, D: Tensor, b: Tensor, U: Tensor, c: Tensor) -> Tensor:
+def bottleneck(h: Tensor, D: Tensor, b: Tensor, U: Tensor, c: Tensor, batch_dim: int = 0) -> Tensor:
     """The increment ``f(h) = U gelu(D h + b) + c`` (eq-vl_adapter-bottleneck).
 
     Args:
@@ -96,7 +99,15 @@ def bottleneck(h: Tensor, D: Tensor, b: Tensor, U: Tensor, c: Tensor) -> Tensor:
         b: ``(r,)``, likewise.
         U: ``(d, r)``, likewise.
         c: ``(d,)``, likewise.
+        batch_dim: the axis of ``h`` over which the elements of the batch run, where they differ.
+
+    Raises:
+        ValueError: another number of elements than of matrices.
     """
+    if batch_dim and 3 in (D.ndim, U.ndim):
+        if h.ndim < batch_dim + 2:
+            raise ValueError(f"batch_dim: expected an axis before the last one of {tuple(h.shape)}, got {batch_dim}")
+        return bottleneck(h.transpose(0, batch_dim), D, b, U, c).transpose(0, batch_dim)
     # eq-vl_adapter-bottleneck:  f(h) = U gelu(D h + b) + c
     return affine(F.gelu(affine(h, D, b), approximate="tanh"), U, c)
 
@@ -114,6 +125,9 @@ class VLAdapter(Adapter):
         task_names: of a file, to be compared with ``tasks``; leave it out.
         tasks: the object that knows the task; for all but "single".
         rule: :math:`A_k` shared with other layers (and by D and U); by default each matrix has its own.
+        batch_dim: the axis of the layer's output over which the elements of a mixed batch run: 0 for ``(N, ..., d)``;
+            1 for ``(tokens, N, d)``, as in PyTorch's own transformer layers without ``batch_first``. It is not seen
+            from the numbers: where there are as many tokens as elements, the wrong axis gives each token a task.
 
     Raises:
         ValueError: an option out of its range; tasks that are missing or not those of the file; an n that does not
@@ -122,7 +136,7 @@ class VLAdapter(Adapter):
 
     kind = "vl_adapter"
     mergeable = False
-    options = ("reduction", "sharing", "phm", "rank", "init", "task_names")
+    options = ("reduction", "sharing", "phm", "rank", "init", "task_names", "batch_dim")
 
     def __init__(
         self,
@@ -136,8 +150,10 @@ class VLAdapter(Adapter):
         *,
         tasks: Tasks | None = None,
         rule: Rule | None = None,
+        batch_dim: int = 0,
     ) -> None:
         super().__init__()
+        self.batch_dim = check_batch_dim(batch_dim, base)
         number("reduction", reduction, 0, open_low=True)
         one_of("sharing", sharing, SHARING)
         integer("phm", phm, 1)
@@ -170,7 +186,7 @@ class VLAdapter(Adapter):
         one = self.tasks.one
         D, b = self.down(one)
         U, c = self.up(one)
-        return bottleneck(y0, pick(D), pick(b), pick(U), pick(c))
+        return bottleneck(y0, pick(D), pick(b), pick(U), pick(c), self.batch_dim)
 
     def subset(self, tasks: Tasks) -> VLAdapter:
         """A copy for some of the tasks, in the order of ``tasks``; halves that are shared stay as they are.
@@ -191,6 +207,11 @@ class VLAdapter(Adapter):
                 for p in (p for p in getattr(new, half).parameters() if all(p is not rule.A for rule in shared)):
                     p.data = p.data[keep]
         return new
+
+
+def check_batch_dim(batch_dim: int, base: Layer) -> int:
+    """The axis, where the layer's output can have the batch there: a convolution has it first."""
+    return integer("batch_dim", batch_dim, 0, None if len(base.window) == 1 else 0)
 
 
 class Stack(nn.Module):

@@ -92,8 +92,8 @@ CALLS: dict[str, Callable[[], Call]] = {
     "inject_eva": lambda: (adapters.inject_eva, dict(model=mlp(), found=found(), lora_alpha=8, name="eva")),
     "redistribute": lambda: (adapters.redistribute, dict(ratios={"a": t(3).abs(), "b": t(3).abs()}, budget=3)),
     "start": lambda: (adapters.start, dict(spectrum=spectrum(), r=2)),
-    "config": lambda: (adapters.config, dict(model=adapted(), name="default")),
-    "state": lambda: (adapters.state, dict(model=adapted(), name="default")),
+    "config": lambda: (adapters.config, dict(model=adapted(), name="default", modules=["2"])),
+    "state": lambda: (adapters.state, dict(model=adapted(), name="default", modules=["2"])),
     "frozen_module": lambda: (adapters.frozen_module, dict(module=nn.Linear(6, 4))),
     "find": lambda: (adapters.find, dict(model=mlp(), targets=["0"], exclude=["2"])),
     "matches": lambda: (adapters.matches, dict(label="targets", wanted=["0"], model=mlp())),
@@ -118,6 +118,7 @@ CALLS: dict[str, Callable[[], Call]] = {
             base=base(),
             layer=0,
             position=0,
+            batch_dim=0,
             tasks=adapters.Tasks(["a", "b"]),
             hyper=adapters.HyperNet(4, 2, 2, p=4, dim=6, hidden=4, reduction=2),
         ),
@@ -221,11 +222,11 @@ CALLS: dict[str, Callable[[], Call]] = {
     "Tasks.use": lambda: (adapters.Tasks(["a", "b"]).use, dict(which=torch.tensor([0, 1]))),
     "VLAdapter": lambda: (
         adapters.VLAdapter,
-        dict(base=base(), reduction=2, tasks=adapters.Tasks(["a", "b"])),
+        dict(base=base(), reduction=2, tasks=adapters.Tasks(["a", "b"]), batch_dim=1),
     ),
     "VLAdapter.forward": lambda: (shared()[0], dict(input=t(3, 6))),
     "affine": lambda: (adapters.affine, dict(h=t(2, 5, 3), W=t(2, 4, 3), b=t(2, 4))),
-    "bottleneck": lambda: (adapters.bottleneck, dict(h=t(5, 6), D=t(2, 6), b=t(2), U=t(6, 2), c=t(6))),
+    "bottleneck": lambda: (adapters.bottleneck, dict(h=t(5, 6), D=t(2, 6), b=t(2), U=t(6, 2), c=t(6), batch_dim=0)),
 }
 
 

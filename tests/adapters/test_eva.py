@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.decomposition import PCA, IncrementalPCA
@@ -21,7 +22,7 @@ from peftref.adapters.core.activations import input_rows, record_inputs, run, sh
 from peftref.adapters.core.files import load, save
 from peftref.adapters.core.host import Host
 from peftref.adapters.core.injection import activate, adapters, inject, merge, unload
-from peftref.adapters.core.spectra import Moments, Spectrum, absorb, agreement
+from peftref.adapters.core.spectra import Accumulator, Moments, Spectrum, absorb, agreement
 from peftref.adapters.eva import collect, inject_eva, redistribute, start
 from tests._naive import eva as naive
 
@@ -153,6 +154,36 @@ def test_a_large_mean_and_an_outlying_feature_do_not_drown_the_rest() -> None:
     loud = (loud - loud.mean(0)).float()
     found, right = moments(loud.split(100), 4), moments([loud.double()], 4)
     assert cosines(found.components, right.components).min() > 0.999
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("loud", [5e3, 1e5])
+@pytest.mark.parametrize("route", ["gram", "incremental", "lowrank"])
+def test_a_loud_direction_along_no_axis(route: str, loud: float, center: bool) -> None:
+    """Squared in float32, one direction 5000 times as long as the next would round all others away."""
+    g = torch.Generator().manual_seed(3)
+    axes = torch.linalg.qr(torch.randn(40, 40, generator=g, **double)).Q
+    lengths = torch.cat([torch.tensor([loud], **double), 0.7 ** torch.arange(39, **double)])
+    x = (torch.randn(900, 40, generator=g, **double) * lengths @ axes).float()
+    rows = x.double() - (x.double().mean(0) if center else 0)
+    right = torch.linalg.svd(rows, full_matrices=False)
+    found = Accumulator(8, route=route, center=center)
+    for batch in x.split(300):
+        found.update(batch)
+    spectrum = found.finish()
+    assert spectrum.components.dtype == spectrum.singular.dtype == spectrum.mean.dtype == torch.float32
+    near = cosines(spectrum.components[:6], right.Vh[:6]).abs()
+    assert near.min() > (1 - 1e-6 if route == "gram" else 0.998)
+    if route == "gram":
+        assert_close(spectrum.singular.double(), right.S[:8], rtol=1e-4, atol=0)
+
+
+def test_no_rows_have_no_spectrum() -> None:
+    with pytest.raises(ValueError, match="rows: expected some before a spectrum, got none"):
+        Moments().spectrum(2)
+    for k in (0, True, 1.5):
+        with pytest.raises(ValueError, match="k: expected an integer >= 1"):
+            moments([torch.randn(4, 3)], k)
 
 
 def test_uncentred_is_the_papers_text_and_keeps_the_mean() -> None:
@@ -415,6 +446,73 @@ def test_tokens_that_do_not_count_are_left_out() -> None:
     assert collect(net, ["q"], [nothing, batch], r=2).spectra["q"].count == 15
     with pytest.raises(ValueError, match=r"got none for \['q'\]"):
         collect(net, ["q"], [nothing], r=2)
+
+
+def t5() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0)).eval()
+
+
+def bart() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes |= {"encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "max_position_embeddings": 20, "vocab_size": 20}
+    return transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes, d_model=8)).eval()
+
+
+@pytest.mark.parametrize("length", [3, 4, 5])  # the source has four: its mask fits the target's tokens in one case
+@pytest.mark.parametrize(
+    ("make", "targets", "crossed"),
+    [(t5, ["q", "k", "v", "wi"], ["EncDecAttention.k", "EncDecAttention.v"]),
+     (bart, ["q_proj", "v_proj", "fc1"], ["encoder_attn.v_proj"])],
+)  # fmt: skip
+def test_an_encoder_and_a_decoder_have_tokens_of_their_own(make, targets, crossed, length: int) -> None:
+    net = make()
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    labels = torch.tensor([[5, 1, -100, -100, -100], [6, 7, 1, -100, -100]])[:, :length].contiguous()
+    batch = {"input_ids": torch.tensor([[3, 4, 2, 2], [4, 5, 6, 1]]), "attention_mask": mask, "labels": labels}
+    attended = (torch.arange(length) < 2).long().expand(2, -1)
+    cases = {
+        "labels": (batch, {}, labels != -100),
+        "given": ({**batch, "decoder_attention_mask": attended}, {}, attended.bool() & (labels != -100)),
+        "ignored": (
+            {**batch, "decoder_attention_mask": attended}, {"mask": partial(token_mask, ignore=None)}, attended == 1
+        ),
+        "all": (batch, {"mask": None}, torch.ones_like(labels, dtype=torch.bool)),
+    }  # fmt: skip
+    for case, (inputs, options, of_decoder) in cases.items():
+        found = collect(net, targets, [inputs], r=1, **options)
+        for n, spectrum in found.spectra.items():
+            kept = of_decoder if "decoder" in n and not n.endswith(tuple(crossed)) else mask.bool()
+            if case == "all" and kept is not of_decoder:
+                kept = torch.ones(2, 4, dtype=torch.bool)
+            rows: list[Tensor] = []
+            with record_inputs(net, {n: net.get_submodule(n)}, lambda _, x, rows=rows: rows.append(x.clone())):
+                run(net, inputs)
+            assert spectrum.count == int(kept.sum()), (case, n)
+            assert_close(spectrum.mean, rows[0][kept].mean(0), rtol=1e-5, atol=1e-5)
+    assert not any(m._forward_pre_hooks for m in net.modules())
+
+
+def test_labels_that_are_not_of_tokens() -> None:
+    source = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    several = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0]])
+    for batch in (
+        {"attention_mask": source, "labels": torch.ones(2, 3).long()},  # of another length
+        {"attention_mask": source, "labels": several.float()},  # several labels each, as the loss wants them
+        {"attention_mask": source, "labels": several, "decoder_input_ids": several},
+        {"attention_mask": source, "labels": torch.ones(2).long()},
+    ):
+        assert torch.equal(token_mask(batch), source.bool())
+    for other in ({"pixel_values": torch.rand(2, 3, 4, 4)}, {"x": torch.rand(2, 4)}, {"input_ids": source[:, :2]}):
+        assert token_mask({**other, "labels": several}) is None
+        assert token_mask({**other, "labels": several.float()}) is None
+    for tokens in ({"inputs_embeds": torch.rand(2, 4, 3)}, {"input_ids": source}):
+        assert torch.equal(token_mask({**tokens, "labels": several}, ignore=0), several.bool())
+    net = nn.Sequential(nn.Linear(6, 4))
+    found = collect(net, ["0"], [{"x": torch.randn(2, 6), "labels": several}], r=1, forward=lambda m, b: m(b["x"]))
+    assert found.spectra["0"].count == 2
 
 
 def test_batches_of_any_kind() -> None:

@@ -87,7 +87,7 @@ def test_tensors_that_do_not_fit(change, said: str, tmp_path) -> None:
         ({"use_dora": True}, ValueError, "use_dora: expected one of .*, the only ones implemented, got True"),
         ({"bias": "all"}, ValueError, "bias: expected one of .*got 'all'"),
         ({"lora_bias": True}, ValueError, "lora_bias"),
-        ({"modules_to_save": ["2"]}, ValueError, r"modules_to_save: .*got \['2'\]"),
+        ({"modules_to_save": ["2"]}, ValueError, "missing: base_model.model.2$"),
         ({"init_lora_weights": "pissa"}, ValueError, "init_lora_weights: .*'gaussian'.*got 'pissa'"),
         ({"layers_to_transform": [0]}, ValueError, "layers_to_transform"),
         ({"target_parameters": ["x"]}, ValueError, "target_parameters"),
@@ -105,6 +105,31 @@ def test_tensors_that_do_not_fit(change, said: str, tmp_path) -> None:
         ({"target_modules": ["0"]}, ValueError, "unexpected: base_model.model.2.lora_A"),
         ({"target_modules": ["fc"]}, ValueError, r"targets: expected names of layers, of which there are \['0', '2'\]"),
         ({"target_modules": None}, TypeError, "targets: expected names"),
+        ({"target_modules": {"0": 1}}, TypeError, "target_modules: expected names of layers or one regular expression"),
+        ({"exclude_modules": 3}, TypeError, "exclude_modules: expected names of layers or one regular expression"),
+        ({"use_rslora": "false"}, ValueError, "use_rslora: expected a bool, got 'false'"),
+        ({"use_rslora": 1}, ValueError, "use_rslora: expected a bool, got 1"),
+        ({"fan_in_fan_out": "false"}, ValueError, "fan_in_fan_out: expected a bool, got 'false'"),
+        ({"r": True}, ValueError, "r: expected a int, got True"),
+        ({"lora_dropout": "0.1"}, ValueError, "lora_dropout: expected a float, got '0.1'"),
+        ({"lora_alpha": None}, ValueError, "lora_alpha: expected"),
+        ({"lora_alpha": float("nan")}, ValueError, "lora_alpha: expected"),
+        ({"rank_pattern": [2]}, ValueError, r"rank_pattern: expected values by the name of a layer, got \[2\]"),
+        ({"rank_pattern": {"0": "2"}}, ValueError, "rank_pattern: expected finite numbers, got '2' for 0"),
+        ({"alpha_pattern": {"0": True}}, ValueError, "alpha_pattern: expected finite numbers, got True for 0"),
+        ({"alpha_pattern": {"(": 2}}, ValueError, r"alpha_pattern: expected regular expressions, got '\('"),
+        (
+            {"alpha_pattern": {"fc": 2}},
+            ValueError,
+            r"alpha_pattern: expected names of layers among \['0', '2'\], got 'fc'",
+        ),
+        ({"per_layer": ["0"]}, ValueError, "per_layer: expected the options of single layers, by name"),
+        ({"per_layer": {"1": {"r": 2}}}, ValueError, r"per_layer: expected names among \['0', '2'\], got \['1'\]"),
+        ({"modules_to_save": [0]}, ValueError, r"modules_to_save: expected names of modules, got \[0\]"),
+        ({"layer_replication": [[0, 1]]}, ValueError, "layer_replication"),
+        ({"corda_config": {"x": 1}}, ValueError, "corda_config"),
+        ({"alora_invocation_tokens": [1]}, ValueError, "alora_invocation_tokens"),
+        ({"layers_pattern": "h"}, ValueError, "layers_pattern"),
         ({"exclude_modules": ["2"]}, ValueError, "unexpected: base_model.model.2.lora_A"),
     ],
 )
@@ -195,3 +220,83 @@ def test_what_layers_share_is_stored_once_and_given_again(tmp_path) -> None:
     assert torch.equal(other(x), model(x)) and adapters(other)["2"].shape == (2, 2)
     with pytest.raises(TypeError, match="bank"):
         load(net(), tmp_path, down=nn.Parameter(torch.randn(2, 4)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (torch.full((2, 4), float("nan")), f"not finite: {KEY}$"),
+        (torch.full((2, 4), float("-inf")), f"not finite: {KEY}$"),
+        (torch.full((2, 4), 1e300, dtype=torch.float64), f"not finite: {KEY}$"),  # in float32
+        (torch.ones(2, 4, dtype=torch.int8), f"types: {KEY} torch.int8 for torch.float32$"),
+        (torch.ones(2, 4, dtype=torch.int64), f"types: {KEY} torch.int64"),
+        (torch.ones(2, 4, dtype=torch.bool), f"types: {KEY} torch.bool"),
+        (torch.ones(2, 4, dtype=torch.complex64), f"types: {KEY} torch.complex64"),
+        (torch.tensor(1.0), rf"shapes: {KEY} \(\) for \(2, 4\)"),
+        (torch.ones(4, 2), rf"shapes: {KEY} \(4, 2\) for \(2, 4\)"),
+        (torch.ones(8), rf"shapes: {KEY} \(8,\) for \(2, 4\)"),
+    ],
+)
+def test_tensors_that_are_no_weights(changed: Tensor, said: str, tmp_path) -> None:
+    save(trained(), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file) | {KEY: changed}, file)
+    other = net()
+    with pytest.raises(ValueError, match=said):
+        load(other, tmp_path)
+    assert type(other[0]) is nn.Linear and other[0].weight.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_weights_of_any_precision(dtype: torch.dtype, tmp_path) -> None:
+    save(trained(), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    kept = {key: t.to(dtype) for key, t in load_file(file).items()}
+    save_file(kept, file)
+    other = net()
+    load(other, tmp_path)
+    assert all(torch.equal(t, kept[key].to(t.dtype)) for key, t in state(other).items())
+
+
+def test_folders_without_the_two_files(tmp_path) -> None:
+    save(trained(), tmp_path)
+    weights, spec = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    text = spec.read_text()
+    for broken in ("[]", '"LORA"', "null"):
+        spec.write_text(broken)
+        with pytest.raises(ValueError, match=r"path: expected an object {...} in adapter_config.json, got a "):
+            load(net(), tmp_path)
+    for broken in (b"{", b"", b"\xff\xfe"):
+        spec.write_bytes(broken)
+        with pytest.raises(ValueError, match="path: expected JSON in adapter_config.json, got what cannot be read"):
+            load(net(), tmp_path)
+    spec.write_text(text)
+    for broken in (b"", b"junk" * 9):
+        weights.write_bytes(broken)
+        with pytest.raises(ValueError, match="path: expected tensors in adapter_model.safetensors, got what cannot be"):
+            load(net(), tmp_path)
+    weights.rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(
+        FileNotFoundError, match=r"path: expected adapter_model.safetensors .*adapter_model.bin, a pickle"
+    ):
+        load(net(), tmp_path)
+    spec.unlink()
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match="path: expected adapter_config.json in .*, got no such file"):
+            load(net(), folder)
+
+
+def test_options_of_a_newer_peft_that_are_off(tmp_path) -> None:
+    model = trained()
+    save(model, tmp_path)
+    edit(
+        tmp_path, use_tomorrow=False, tomorrow_config=None, tomorrow_names=[], tomorrow_pattern={}, bias="none",
+        use_dora=False, lora_bias=False, layers_to_transform=None, target_parameters=None, exclude_modules=None,
+        layer_replication=None, loftq_config={}, corda_config=None, megatron_config=None, peft_version="0.99.0",
+        eva_config={"rho": 2.0}, init_lora_weights="eva", task_type="CAUSAL_LM",
+        modules_to_save=["classifier", "score"], runtime_config={"ephemeral_gpu_offload": False},
+        ensure_weight_tying=True, arrow_config=None,
+    )  # fmt: skip
+    other = net()
+    load(other, tmp_path)
+    assert torch.equal(other(torch.ones(4)), model(torch.ones(4)))

@@ -162,7 +162,6 @@ def test_the_start_is_drawn_alike() -> None:
         ({"use_dora": True}, "use_dora"),
         ({"lora_bias": True}, "lora_bias"),
         ({"bias": "lora_only"}, "bias"),
-        ({"modules_to_save": ["conv"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
     ],
 )

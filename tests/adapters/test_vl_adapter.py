@@ -572,6 +572,43 @@ def test_a_task_must_be_chosen_and_fit_the_batch() -> None:
     assert made("single")[0](x).shape == (3, 4)
 
 
+@pytest.mark.parametrize("kind", [VLAdapter, Hyperformer])
+@pytest.mark.parametrize("shape", [(3, 3, 4), (5, 3, 4), (1, 3, 4)])
+def test_a_batch_along_the_second_axis(kind: type, shape: tuple[int, ...], tmp_path) -> None:
+    """As many tokens as elements, in the layout (tokens, N, d): each element has its task, whatever its token."""
+    options = {"sharing": "multiple", "reduction": 2} if kind is VLAdapter else {"hyper": hyper()}
+    model, tasks, x = net(), Tasks(NAMES), torch.randn(*shape, dtype=F64)
+    inject(model, kind, ["0"], tasks=tasks, batch_dim=1, **options)
+    shake(model)
+    alone = []
+    for n, name in enumerate(("gqa", "vqa", "gqa")):
+        tasks.use(name)
+        alone.append(model(x[:, n]))
+    tasks.use(["gqa", "vqa", "gqa"])
+    assert_close(model(x), torch.stack(alone, 1))
+    tasks.use("gqa")
+    assert_close(model(x)[:, 0], alone[0])
+    assert model(x[0, 0]).shape == alone[0][0].shape  # of one task, any shape
+    tasks.use(["gqa", "vqa", "gqa"])
+    with pytest.raises(ValueError, match=r"batch_dim: expected an axis before the last one of \(3, 4\), got 1"):
+        model(x[0])
+    with pytest.raises(ValueError, match="tasks: expected the task of each of the 3 elements"):
+        model(x[:, :2])
+    save(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["batch_dim"] == 1
+    if kind is Hyperformer:
+        base = model[0].base_layer
+        assert adapters(model)["0"].written(view(base, F64)).batch_dim == 1
+
+
+def test_batch_dims_that_are_none() -> None:
+    for wrong in (-1, True, 1.0, "1"):
+        with pytest.raises(ValueError, match="batch_dim: expected an integer >= 0"):
+            VLAdapter(view(nn.Linear(4, 4)), reduction=2, batch_dim=wrong)
+    with pytest.raises(ValueError, match=r"batch_dim: expected an integer in \[0, 0\], got 1"):
+        VLAdapter(view(nn.Conv2d(2, 4, 1)), reduction=2, batch_dim=1)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

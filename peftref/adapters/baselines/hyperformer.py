@@ -55,7 +55,7 @@ from ..core.adapter import Adapter
 from ..core.layers import Layer
 from ..core.switch import Tasks, agreed_names
 from ..core.targets import find
-from ..vl_adapter import INITS, VLAdapter, bottleneck
+from ..vl_adapter import INITS, VLAdapter, bottleneck, check_batch_dim
 
 __all__ = ["HyperNet", "Hyperformer", "places"]
 
@@ -148,6 +148,7 @@ class Hyperformer(Adapter):
         task_names: of a file, to be compared with ``tasks``; leave it out.
         tasks: the object that knows the task.
         hyper: the network.
+        batch_dim: as of :class:`~peftref.adapters.vl_adapter.VLAdapter`.
 
     Raises:
         ValueError: no network, one for another width or number of tasks, or a place that it does not have.
@@ -155,7 +156,7 @@ class Hyperformer(Adapter):
 
     kind = "hyperformer"
     mergeable = False
-    options = ("layer", "position", "task_names")
+    options = ("layer", "position", "task_names", "batch_dim")
 
     def __init__(
         self,
@@ -166,8 +167,10 @@ class Hyperformer(Adapter):
         *,
         tasks: Tasks | None = None,
         hyper: HyperNet | None = None,
+        batch_dim: int = 0,
     ) -> None:
         super().__init__()
+        self.batch_dim = check_batch_dim(batch_dim, base)
         self.task_names = agreed_names(tasks, task_names)
         assert tasks is not None
         if hyper is None or hyper.d != base.out_features:
@@ -186,7 +189,7 @@ class Hyperformer(Adapter):
     def forward(self, x: Tensor, y0: Tensor, base: Layer) -> Tensor:
         D, b, U, c = self.hyper(self.layer, self.position, self.tasks.one)
         pick = self.tasks.pick
-        return bottleneck(y0, pick(D), pick(b), pick(U), pick(c))
+        return bottleneck(y0, pick(D), pick(b), pick(U), pick(c), self.batch_dim)
 
     @torch.no_grad()
     def written(self, base: Layer) -> VLAdapter:
@@ -194,7 +197,8 @@ class Hyperformer(Adapter):
 
         Put those of all layers in with :func:`~peftref.adapters.core.injection.install`.
         """
-        adapter = VLAdapter(base, self.hyper.reduction, "multiple", tasks=self.tasks).to(self.hyper.task)
+        adapter = VLAdapter(base, self.hyper.reduction, "multiple", tasks=self.tasks, batch_dim=self.batch_dim)
+        adapter.to(self.hyper.task)
         D, b, U, c = self.hyper(self.layer, self.position)
         for half, weight, bias in ((adapter.down, D, b), (adapter.up, U, c)):
             half.get_parameter("weight").copy_(weight)

@@ -21,7 +21,6 @@ place and every place its tensor, and an option of PEFT that is not implemented 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -29,49 +28,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..._replacing import replacing
-from .adapter import KINDS, Adapter
+from .adapter import Adapter
+from .formats import CONFIG, WEIGHTS, by_layer, method, misfits, options_of, read_files, written
+from .host import Host
 from .injection import adapters, build, install
-from .targets import find, frozen_module, modules_by_name
+from .plain import exactly, meant, plainly
+from .targets import find, frozen_module
+from .trained import PREFIX, bare_modules, kept, keyed, listed, saved_places, shared_with
 
 __all__ = ["config", "load", "save", "state"]
 
-PREFIX = "base_model.model."  # what PEFT's two wrappers put in front of every name
-# PEFT's name of a method -> the module here that has it; by default its own, in lower case.
-HOMES = {"LORA": "lora", "MISS": "bone", "BONE": "bone"}
-# What a PEFT configuration says about other things than the function: where it came from, what it was for.
-NEUTRAL = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "exclude_modules",
-    "inference_mode",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "per_layer",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "task_type",
-}
-EMPTY: tuple[object, ...] = (None, False, "none", {}, [])  # how a PEFT configuration says that an option is off
+
+def state(model: nn.Module, name: str = "default", *, modules: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """The tensors of the adapter, and of the modules trained beside it, under PEFT's names: copies on the CPU.
+
+    A tensor that layers share is there once.
+
+    Args:
+        model: with adapters; compiled, parallel or not, the names are those without such wrappers.
+        name: of the adapter.
+        modules: as in :func:`save`.
+    """
+    return {key: t.detach().cpu().contiguous().clone() for key, t in _all(model, name, modules).items()}
 
 
-def state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """The adapter's tensors under PEFT's names: copies on the CPU. A tensor that layers share is there once."""
-    return {key: t.detach().cpu().contiguous().clone() for key, t in _tensors(adapters(model, name)).items()}
-
-
-def config(model: nn.Module, name: str = "default") -> dict[str, Any]:
+def config(model: nn.Module, name: str = "default", *, modules: Iterable[str] | None = None) -> dict[str, Any]:
     """The adapter's configuration as PEFT writes it; what differs by layer is in ``rank_pattern`` and the like.
 
+    Args:
+        model: as in :func:`state`.
+        name: of the adapter.
+        modules: as in :func:`save`.
+
     Raises:
-        ValueError: no such adapter, or layers that differ in an option that PEFT has for all of them together.
+        ValueError: no such adapter, or layers that differ in an option that PEFT has for all of them together; or as
+            in :func:`save`.
     """
-    found = adapters(model, name)
+    found = plainly(model, adapters(model, name))
     kind = type(next(iter(found.values())))
     each = {n: {option: getattr(a, option) for option in kind.options} for n, a in found.items()}
     values = {option: [own[option] for own in each.values()] for option in kind.options}
@@ -87,78 +84,97 @@ def config(model: nn.Module, name: str = "default") -> dict[str, Any]:
             else:
                 per_layer.setdefault(n, {})[option] = own[option]
     targets: list[str] | str = list(found)
-    if list(find(model, targets, any_module=True)) != list(found):  # a name that ends another layer's: be exact
-        targets = "|".join(map(re.escape, found))
-    layers = find(model, targets, any_module=True).values()
-    layout: dict[str, Any] = {"fan_in_fan_out": _transposed(layers)} if kind.peft.patterns else {}
+    layers = meant(model, targets, any_module=True)
+    if list(layers) != list(found):  # a name that ends another layer's: be exact
+        targets = exactly(found)
+        layers = meant(model, targets, any_module=True)
+    layout: dict[str, Any] = {"fan_in_fan_out": _transposed(model, layers)} if kind.peft.patterns else {}
     if per_layer:
         layout["per_layer"] = per_layer
-    return {"target_modules": targets, "inference_mode": True, **_written(kind, common), **patterns, **layout}
+    beside = listed(model, kept(model, modules))
+    if beside:
+        layout["modules_to_save"] = beside
+    return {"target_modules": targets, "inference_mode": True, **written(kind, common), **patterns, **layout}
 
 
-def save(model: nn.Module, path: str | Path, name: str = "default") -> None:
+def save(model: nn.Module, path: str | Path, name: str = "default", *, modules: Iterable[str] | None = None) -> None:
     """Write one adapter to a folder, which is made if need be. The model may be merged; it does not change.
 
+    Modules trained beside the adapter, such as a new head, go along, whole, as PEFT's ``modules_to_save``.
+
+    Args:
+        model: as in :func:`state`.
+        path: the folder.
+        name: of the adapter.
+        modules: names of the modules that go along; by default those with a parameter that asks for a gradient now,
+            so name a head that has been frozen since. ``()`` for none. (One that holds adapted layers opens here, but
+            PEFT would copy it whole.)
+
     Raises:
-        ValueError: no such adapter, or as in :func:`config`.
+        ValueError: no such adapter, an unknown module, or a parameter that asks for a gradient and that no file has a
+            place for: of an adapted layer, or of the model itself; or as in :func:`config`.
+        TypeError: ``modules`` that are no names.
     """
-    write_files(path, _tensors(adapters(model, name)), config(model, name))
+    write_files(path, _all(model, name, modules), config(model, name, modules=modules))
 
 
 def load(model: nn.Module, path: str | Path, name: str = "default", *, freeze: bool = True, **extra: Any) -> list[str]:
     """Put a saved adapter, of ours or of PEFT, into the model under a name of your choice; it becomes active.
 
+    Modules that were saved with it (PEFT's ``modules_to_save``: a head) replace the model's own weights, in place, and
+    are trained with the adapter. A model has them once, whichever adapter is active.
+
     Args:
-        model: of the architecture that the adapter was made for.
+        model: of the architecture that the adapter was made for; compiled, parallel or not.
         path: the folder.
         name: any that the model does not have.
         freeze: as in :func:`~peftref.adapters.core.injection.inject`.
         extra: arguments of the method that no file keeps, such as a shared bank.
 
     Returns:
-        The full names of the adapted layers.
+        The full names of the adapted layers, without wrappers.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: an unknown method, an option of PEFT that is not implemented, tensors that are missing, too many or
-            of another shape, or as in :func:`~peftref.adapters.core.injection.inject`.
+        ValueError: an unknown method, an option of PEFT that is not implemented or of another type; tensors that are
+            missing, too many, of another shape or type, or not finite; modules beside the adapter other than those
+            that the model's present adapters go with; or as in
+            :func:`~peftref.adapters.core.injection.inject`.
     """
-    folder = Path(path)
-    spec = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    kind = _kind(spec.get("peft_type"))
-    _check_options(spec, kind)
-    options = _read(kind, spec)
-    own = spec.get("per_layer") or {}
-    targets = spec.get("target_modules")
-    exclude = spec.get("exclude_modules") or ()
-    layers = find(model, targets, exclude, any_module=kind.any_module)
-    if spec.get("fan_in_fan_out") and not _transposed(layers.values()):
+    spec, tensors = read_files(path)
+    kind = method(spec)
+    options = options_of(kind, spec)
+    targets: Any = spec.get("target_modules")
+    tensors = {_now(key, kind): t for key, t in tensors.items()}
+    layers = meant(model, targets, spec.get("exclude_modules") or (), any_module=kind.any_module)
+    if spec.get("fan_in_fan_out") and not _transposed(model, layers):
         raise ValueError("fan_in_fan_out: expected False for a model without Conv1D layers, got True")
-    for n in layers:
-        for option, pattern in kind.peft.patterns.items():
-            value = _by_pattern(spec.get(pattern) or {}, n)
-            if value is not None:
-                own.setdefault(n, {})[option] = value
-    new = build(model, kind, targets, exclude=exclude, per_layer=own, **options, **extra)
-    places = _tensors(new)
-    tensors = {_now(key, kind): t for key, t in load_file(folder / "adapter_model.safetensors").items()}
+    own = {layers.get(n, n): of for n, of in by_layer(kind, spec, layers).items()}
+    new = build(model, kind, exactly(layers.values()), per_layer=own, **options, **extra)
+    ends = spec.get("modules_to_save") or []
+    made = {n: new[layers[n]] for n in layers if not (_beside(n, ends) and _untold(n, new[layers[n]], tensors))}
+    places = _tensors(made)
+    beside = saved_places(model, ends)
+    heads = keyed({n: of for modules in beside.values() for n, of in modules.items()})
+    heads = {key: place for key, place in heads.items() if key in tensors}
+    ties = shared_with(model, heads)
+    heads = {key: place for key, place in ties.items() if key in tensors}
     found = {
-        "missing": sorted(places.keys() - tensors.keys()),
-        "unexpected": sorted(tensors.keys() - places.keys() - _of_the_base(model, tensors)),
-        "shapes": [
-            f"{k} {tuple(tensors[k].shape)} for {tuple(t.shape)}"
-            for k, t in places.items()
-            if k in tensors and tensors[k].shape != t.shape
-        ],
+        "missing": sorted([*(places.keys() - tensors.keys()), *_left_out(beside, tensors)]),
+        "unexpected": sorted(tensors.keys() - places.keys() - heads.keys() - _of_the_base(model, tensors)),
+        **misfits({**places, **heads}, tensors),
     }
     if any(found.values()):
         lists = "; ".join(f"{what}: {', '.join(names)}" for what, names in found.items() if names)
         raise ValueError(f"path: expected the tensors of its configuration on this model; {lists}")
+    _check_heads(model, heads, tensors, ties=() if spec.get("ensure_weight_tying") else ties)
+    install(model, {layers[n]: adapter for n, adapter in made.items()}, name, freeze=freeze)
     with torch.no_grad():
-        for key, place in places.items():
+        for key, place in {**places, **heads}.items():
             place.copy_(tensors[key])
-    install(model, new, name, freeze=freeze)
-    return list(new)
+    for place in heads.values():
+        place.requires_grad_(isinstance(place, nn.Parameter) and place.is_floating_point())
+    return list(made)
 
 
 def write_files(path: str | Path, tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> None:
@@ -171,13 +187,15 @@ def write_files(path: str | Path, tensors: Mapping[str, Tensor], spec: Mapping[s
     """
     folder = Path(path)
     text = json.dumps(spec, indent=2, sort_keys=True)
-    kept = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}  # no views, no shared memory
+    copies = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}  # no views, no shared memory
     folder.mkdir(parents=True, exist_ok=True)
-    config = folder / "adapter_config.json"
-    weights = folder / "adapter_model.safetensors"
-    with replacing(config) as new_config, replacing(weights) as new_weights:  # both are there before either is replaced
-        save_file(kept, new_weights, metadata={"format": "pt"})
+    with replacing(folder / CONFIG) as new_config, replacing(folder / WEIGHTS) as new_weights:  # both before either
+        save_file(copies, new_weights, metadata={"format": "pt"})
         new_config.write_text(text + "\n", encoding="utf-8")
+
+
+def _all(model: nn.Module, name: str, modules: Iterable[str] | None) -> dict[str, Tensor]:
+    return {**_tensors(plainly(model, adapters(model, name))), **keyed(kept(model, modules))}
 
 
 def _tensors(found: Mapping[str, Adapter]) -> dict[str, Tensor]:
@@ -194,57 +212,58 @@ def _now(key: str, kind: type[Adapter]) -> str:
     return next((key.removesuffix(old) + new for old, new in kind.peft.renamed.items() if key.endswith(old)), key)
 
 
+def _beside(name: str, ends: Iterable[str]) -> bool:
+    """PEFT's rule: a layer in a module that is saved whole gets no adapter."""
+    return any(re.match(rf"(^|.*\.){re.escape(end)}($|\..*)", name) for end in ends)
+
+
+def _untold(name: str, adapter: Adapter, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the file has nothing of this adapter."""
+    return not _tensors({name: adapter}).keys() & tensors.keys()
+
+
+def _left_out(beside: Mapping[str, Mapping[str, Mapping[str, Tensor]]], tensors: Mapping[str, Tensor]) -> list[str]:
+    """What a file does not have of the modules that it says it has."""
+    missing = [f"{PREFIX}{end}" for end, modules in beside.items() if not keyed(modules).keys() & tensors.keys()]
+    for n, of in {n: of for modules in beside.values() for n, of in modules.items()}.items():
+        own = keyed({n: of})
+        if own.keys() & tensors.keys():
+            missing += [key for key, t in own.items() if isinstance(t, nn.Parameter) and key not in tensors]
+    return missing
+
+
 def _of_the_base(model: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
     """PEFT may write an adapted head's frozen weight beside its adapter: harmless where it is this model's own."""
     own = {
         f"{PREFIX}{n}.{inside}{key}": p
-        for n, module in modules_by_name(model).items()
+        for n, module in bare_modules(model).items()
         for key, p in frozen_module(module).named_parameters(recurse=False)
         for inside in ("", "base_layer.")
     }
     return {key for key, t in tensors.items() if key in own and torch.equal(t, own[key].detach().cpu().to(t.dtype))}
 
 
-def _kind(peft_type: str | None) -> type[Adapter]:
-    """The method of a configuration: a subclass that is there, or the one in the module of that name."""
-    slug = HOMES.get(str(peft_type), str(peft_type).lower())
-    part = __package__.removesuffix(".core")
-    places = (f"{part}.{slug}", f"{part}.baselines.{slug}")
-    if slug not in KINDS and slug.isidentifier():
-        for name in filter(importlib.util.find_spec, places):
-            importlib.import_module(name)
-    if slug not in KINDS:
-        raise ValueError(f"peft_type: expected a method that is known or imported, {sorted(KINDS)}, got {peft_type!r}")
-    return KINDS[slug]
+def _check_heads(
+    model: nn.Module, heads: Mapping[str, Tensor], tensors: Mapping[str, Tensor], ties: Iterable[str]
+) -> None:
+    """One place cannot hold two heads: of layers that share a weight, or of adapters that are there already."""
+    changed = [k for k, p in heads.items() if not torch.equal(p.detach().cpu(), tensors[k].to(p.dtype))]
+    first: dict[int, str] = {}
+    for key, place in heads.items():
+        other = first.setdefault(id(place), key)
+        if not torch.equal(tensors[other], tensors[key]):
+            raise ValueError(f"model: expected a weight for each of {other} and {key}, got one that they share")
+    tied = [key for key in ties if key not in heads] if changed else []
+    if tied:
+        raise ValueError(f"model: expected a weight of its own for {', '.join(tied)}, got one that the file replaces")
+    if changed and any(isinstance(m, Host) for m in bare_modules(model).values()):
+        raise ValueError(
+            "modules_to_save: expected the weights that the adapters of this model go with, got others for "
+            f"{', '.join(changed)}; unload those adapters, or use another copy of the model"
+        )
 
 
-def _check_options(spec: Mapping[str, Any], kind: type[Adapter]) -> None:
-    read = {*NEUTRAL, *kind.options, *kind.peft.patterns.values(), *_written(kind, {}), "fan_in_fan_out"}
-    for option, value in spec.items():
-        allowed = kind.peft.ignored.get(option, EMPTY)
-        if option not in read and allowed is not ... and value not in allowed:
-            raise ValueError(f"{option}: expected one of {allowed}, the only ones implemented, got {value!r}")
-
-
-def _written(kind: type[Adapter], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options as a PEFT configuration names them, with ``peft_type``."""
-    if kind.peft.write is not None:
-        return kind.peft.write(options)
-    return {"peft_type": kind.kind.upper(), **options}
-
-
-def _read(kind: type[Adapter], spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a PEFT configuration holds."""
-    if kind.peft.read is not None:
-        return kind.peft.read(spec)
-    return {name: spec[name] for name in kind.options if name in spec}
-
-
-def _by_pattern(pattern: Mapping[str, Any], name: str) -> Any:
-    """PEFT's rule: the first key that is the name, or the end of it after a dot, as a regular expression."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), None)
-
-
-def _transposed(layers: Iterable[nn.Module]) -> bool:
+def _transposed(model: nn.Module, layers: Mapping[str, str]) -> bool:
     """PEFT wants to be told of ``Conv1D``, which keeps its weight transposed."""
-    return any(type(layer).__name__ == "Conv1D" for layer in layers)
+    found = find(model, exactly(layers.values()), any_module=True)
+    return any(type(layer).__name__ == "Conv1D" for layer in found.values())

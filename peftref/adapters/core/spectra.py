@@ -114,34 +114,41 @@ class Moments:
         self.count = 0
 
     def update(self, rows: Tensor) -> None:
-        """Take ``(n, i)`` more rows in."""
+        """Take ``(n, i)`` more rows in; multiplied in float64, where the squares of small singular values survive."""
         _check(rows, len(self.shift) if self.count else None)
+        wide = rows.to("cpu" if rows.device.type == "mps" else rows.device, torch.float64)
         if not self.count:
             i = rows.shape[1]
+            self.like = rows.new_empty(0)
             # All rows are taken relative to the first batch's mean, or a large mean would drown what varies.
-            self.shift = rows.mean(0) if self.center else rows.new_zeros(i)
-            self.sum = rows.new_zeros(i)
-            self.gram = rows.new_zeros(i, i)
-        rows = rows - self.shift
-        self.count += len(rows)
-        self.sum += rows.sum(0)
+            self.shift = wide.mean(0) if self.center else wide.new_zeros(i)
+            self.sum = wide.new_zeros(i)
+            self.gram = wide.new_zeros(i, i)
+        wide = wide - self.shift
+        self.count += len(wide)
+        self.sum += wide.sum(0)
         # eq-eva-moments:  G = sum (x - c)(x - c)^T
-        self.gram.addmm_(rows.T, rows)
+        self.gram.addmm_(wide.T, wide)
 
     def spectrum(self, k: int) -> Spectrum:
-        """The ``k`` leading directions; solved in float64, where the squares of small singular values survive."""
-        device = "cpu" if self.gram.device.type == "mps" else self.gram.device
-        gram = self.gram.to(device, torch.float64)
-        total = self.sum.to(device, torch.float64)
+        """The ``k`` leading directions, in the type and on the device of the first rows.
+
+        Raises:
+            ValueError: no rows yet, or a ``k`` that is no positive integer.
+        """
+        integer("k", k, 1)
+        if not self.count:
+            raise ValueError("rows: expected some before a spectrum, got none")
+        gram = self.gram
         if self.center:
             # eq-eva-moments:  (X - 1 mu)^T (X - 1 mu) = G - t t^T / m
-            gram = gram.addr(total, total, alpha=-1 / self.count)
+            gram = gram.addr(self.sum, self.sum, alpha=-1 / self.count)
         values, vectors = torch.linalg.eigh(gram)  # rising
         singular = values.clamp_min(0).sqrt().flip(0)[:k]
         components = _signed(vectors.T.flip(0)[:k])
         mean = self.shift + self.sum / self.count if self.center else self.shift
         varying = float(gram.trace().clamp_min(0))
-        return Spectrum(components.to(self.gram), singular.to(self.gram), mean, self.count, varying)
+        return Spectrum(components.to(self.like), singular.to(self.like), mean.to(self.like), self.count, varying)
 
 
 class Accumulator:
@@ -235,7 +242,8 @@ def _iterate(stack: Tensor, k: int, old: Spectrum | None) -> tuple[Tensor, Tenso
         known = old.components[:q]
         guess[:, : len(known)] = known.T
     for _ in range(2 if old else 4):
-        guess = torch.linalg.qr(stack.T @ (stack @ guess)).Q
+        # Normal on either side, for S^T S in one go would leave of a small singular value only its square.
+        guess = torch.linalg.qr(stack.T @ torch.linalg.qr(stack @ guess).Q).Q
     _, singular, turn = torch.linalg.svd(stack @ guess, full_matrices=False)
     return singular, turn @ guess.T
 
