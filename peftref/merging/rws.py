@@ -67,7 +67,16 @@ from torch import Tensor, nn
 
 from .._checks import number
 from .baselines.arithmetic import average
-from .core.aligned import State, check_codes, check_dense, check_finite, check_names, check_states, check_tensors, layout_of
+from .core.aligned import (
+    State,
+    check_codes,
+    check_dense,
+    check_finite,
+    check_names,
+    check_states,
+    check_tensors,
+    layout_of,
+)
 from .core.batchnorm import batchnorms, recalibrate
 from .core.loop import merge, upcast
 

@@ -77,7 +77,9 @@ def ties(
             raise ValueError(f"{name}: expected one of {options}, got {value!r}")
     scale = number("scale", scale)
     weights = None if weights is None else numbers_of("weights", weights)
-    thresholds = None if thresholds is None else [float(scalar(least)) for least in thresholds]  # infinite, if weights are
+    thresholds = (
+        None if thresholds is None else [float(scalar(least)) for least in thresholds]
+    )  # infinite, if weights are
 
     def rule(name: str, w0: Tensor, ws: Sequence[Tensor]) -> Tensor:
         for what, values in (("weights", weights), ("thresholds", thresholds)):
@@ -85,7 +87,7 @@ def ties(
                 raise ValueError(f"{what}: expected one for each of the {len(ws)} models, got {len(values)}")
         if not w0.numel() or scale == 0:
             return w0
-        tau = torch.stack([difference(w, w0) for w in ws]).view(len(ws), -1)  # (N, n)
+        tau = torch.stack([difference(w, w0) for w in ws]).reshape(len(ws), -1)  # (N, n)
         size = _sizes(tau)
         if thresholds is None:
             least = size.kthvalue(tau.shape[1] - kept(tau.shape[1], density, keep) + 1, dim=1, keepdim=True).values
@@ -130,8 +132,8 @@ def trim_thresholds(
         ValueError: names or shapes that do not match, or a setting out of its range.
     """
     density = _check_trim(density, keep)
-    layout = check_aligned(base, models, skip)
     skip = set(check_names(skip, "skip"))
+    layout = check_aligned(base, models, skip)
     names = [n for n, t in layout.items() if n not in skip and t.is_floating_point()]
     total = sum(layout[n].numel() for n in names)
     if not total:

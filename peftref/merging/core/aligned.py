@@ -54,7 +54,9 @@ def check_tensors(names: Iterable[str], **states: State) -> None:
         found[label] = {
             "missing": [n for n in names if n not in layout],
             "not floating-point": [n for n in names if n in layout and n not in floats[label]],
-            "sparse or without data": [n for n, t in floats[label].items() if layout is states[label] and not _dense(t)],
+            "sparse or without data": [
+                n for n, t in floats[label].items() if layout is states[label] and not _dense(t)
+            ],
             "shapes": [f"{n} {got} for {expected}" for n, got, expected in pairs if got != expected],
         }
     _raise_lists(found, f"floating-point tensors of the shapes of {label0}")
@@ -133,8 +135,11 @@ def check_codes(names: Iterable[str], base: State, models: Sequence[State]) -> N
     """
     owners = {name.rpartition(".")[0] for name in names}
     layouts = [layout_of(model) for model in models]
-    beside = [n for n, t in layout_of(base).items() if isinstance(t, Tensor) and n.rpartition(".")[0] in owners]
-    both = [n for n in beside if all(getattr(other.get(n), "shape", None) == layout_of(base)[n].shape for other in layouts)]
+    held = [n for n, t in layout_of(base).items() if isinstance(t, Tensor)]
+    beside = [n for n in held if n in owners or n.rpartition(".")[0] in owners]  # "weight" of "weight.absmax"
+    both = [
+        n for n in beside if all(getattr(other.get(n), "shape", None) == layout_of(base)[n].shape for other in layouts)
+    ]
     _raise_codes(base, {f"models[{i}]": model for i, model in enumerate(models)}, both)
 
 

@@ -7,8 +7,8 @@ a line of mathematics:
 - names and shapes must agree, or a single error lists every disagreement before anything is computed;
 - half-precision weights are computed in float32 and rounded once, at the end: a small difference of two bfloat16
   weights survives, which it would not if each step were rounded (a delta below :math:`2^{-8}|w|` vanishes);
-- tensors without a gradient meaning (``num_batches_tracked``, masks) are copied from the base; integers that differ
-  and count nothing are codes of quantised weights, which no rule can merge: refused (:mod:`peftref.merging.core.codes`);
+- tensors without a gradient meaning (``num_batches_tracked``, masks) are copied from the base; integers that differ and
+  count nothing are codes of quantised weights, which no rule can merge: refused (:mod:`peftref.merging.core.codes`);
 - a number that the base's type cannot hold is refused, not stored as an infinity; where all agree on what is not finite
   (a mask of :math:`-\infty`), so does the result;
 - tensors that share memory in the base (tied embeddings) are merged once and share memory in the result;
@@ -111,10 +111,10 @@ def fill(
         The names that are tied to an earlier one, and to which; for them there was no call.
 
     Raises:
-        TypeError, ValueError: as of :func:`merge`, or memory of another shape, or with less than a place for each entry.
+        TypeError, ValueError: as of :func:`merge`, or memory of another shape, or without a place for each entry.
     """
-    layout = check_aligned(base, models, skip)
     skip = set(check_names(skip, "skip"))
+    layout = check_aligned(base, models, skip)
     if not callable(rule):
         raise TypeError(f"rule: expected a rule, such as average(), got {type(rule).__name__}")
     if rehearse:

@@ -85,8 +85,8 @@ class Patched:
 
     Raises:
         TypeError: no module, or no state dict.
-        ValueError: the model lacks a tensor of the patch, or has it in another shape or as integers; a patch that is not
-            finite.
+        ValueError: the model lacks a tensor of the patch, or has it in another shape or as integers; a patch that is
+            not finite.
     """
 
     def __init__(self, model: nn.Module, patch: State) -> None:
@@ -178,7 +178,9 @@ def _check_sums(
         if (upcast(w).isfinite() & ~((exact <= limit(y.dtype)) & upcast(y).isfinite())).any():
             broken.append(f"{name} ({y.dtype})")
     if broken:
-        raise ValueError(f"patch: expected sums that the weights' types can hold, got larger ones in {', '.join(broken)}")
+        raise ValueError(
+            f"patch: expected sums that the weights' types can hold, got larger ones in {', '.join(broken)}"
+        )
 
 
 def _once(tensors: State, patch: State) -> tuple[list[str], list[Tensor], list[Tensor]]:
