@@ -151,8 +151,8 @@ def fisher_wise_ft(alpha: float, fisher0: State, fisher1: State, floor: float = 
         f0 = _information("fisher0", fisher0, name, w0).clamp_min(floor)
         f1 = _information("fisher1", fisher1, name, w0).clamp_min(floor)
         share = alpha * f1 / ((1 - alpha) * f0 + alpha * f1)
-        y = torch.where(share == 0, w0, torch.where(share == 1, w1, torch.lerp(w0, w1, share)))
-        return _mended(y, lambda: (1 - share) * w0 + share * w1)
+        y = _mended(torch.lerp(w0, w1, share), lambda: (1 - share) * w0 + share * w1)
+        return torch.where(share == 0, w0, torch.where(share == 1, w1, y))
 
     return rule
 
