@@ -34,11 +34,8 @@ def written(path: Path, state: dict[str, Tensor], pad: int = 0, metadata: dict[s
     body = b""
     for name, t in state.items():
         data = t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        entries[name] = {
-            "dtype": CODES[t.dtype],
-            "shape": list(t.shape),
-            "data_offsets": [len(body), len(body) + len(data)],
-        }
+        offsets = [len(body), len(body) + len(data)]
+        entries[name] = {"dtype": CODES[t.dtype], "shape": list(t.shape), "data_offsets": offsets}
         body += data
     head = json.dumps(entries).encode()
     head += b" " * (-len(head) % 8 + pad)
@@ -118,32 +115,29 @@ def test_a_single_file_beside_an_index_of_others_is_refused(tmp_path: Path) -> N
 
 
 def test_an_index_of_the_single_file_is_none_of_others(tmp_path: Path) -> None:
-    (tmp_path / "base").mkdir()
-    save_file({"a": torch.ones(2)}, tmp_path / "base" / SINGLE)
-    (tmp_path / "base" / INDEX).write_text(json.dumps({"weight_map": {"a": SINGLE}}))
-    out = merge_checkpoints(tmp_path / "base", [tmp_path / "base"], average(), tmp_path / "out")
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == {
-        p.name: p.read_bytes() for p in (tmp_path / "base").iterdir()
-    }
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({"a": torch.ones(2)}, base / SINGLE)
+    (base / INDEX).write_text(json.dumps({"weight_map": {"a": SINGLE}}))
+    out = merge_checkpoints(base, [base], average(), tmp_path / "out")
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in base.iterdir()}
 
 
 @pytest.mark.parametrize("there", ["..", "/", "sub"])
 def test_an_index_that_points_outside_is_not_read_as_something_else(tmp_path: Path, there: str) -> None:
     folder = sharded(tmp_path / "base", {"a": torch.ones(2)})
-    outside = {
-        "..": "../model-00000.safetensors",
-        "/": str(tmp_path / "model-00000.safetensors"),
-        "sub": "s/model-00000.safetensors",
-    }
+    name = "model-00000.safetensors"
+    outside = {"..": f"../{name}", "/": str(tmp_path / name), "sub": f"sub/{name}"}
     save_file({"a": torch.zeros(2)}, tmp_path / "model-00000.safetensors")
     (folder / INDEX).write_text(json.dumps({"weight_map": {"a": outside[there]}}))
     with pytest.raises(FileNotFoundError, match="an index of files beside it"):
         Checkpoint(folder)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": null}']
-)
+NO_INDEX = ("", "{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": null}')
+
+
+@pytest.mark.parametrize("text", NO_INDEX)
 def test_an_index_that_is_none(tmp_path: Path, text: str) -> None:
     folder = sharded(tmp_path / "base", {"a": torch.ones(2)})
     (folder / INDEX).write_text(text)

@@ -287,7 +287,7 @@ def test_a_sum_that_a_type_cannot_hold_is_refused() -> None:
         with pytest.raises(ValueError, match=said):
             patched.on(2.0)
         assert bits(model.state_dict()) == half != before and patched.strength == -0.5
-        with pytest.raises(ValueError, match=said), Patched(model, {"w": torch.tensor([0.0, 4 * add])}):
+        with pytest.raises(ValueError, match=said), Patched(model, {"w": torch.tensor([0.0, add])}):
             raise AssertionError("not entered")
         patched.off()
         assert bits(model.state_dict()) == before
@@ -325,9 +325,9 @@ def test_names_are_those_of_the_module_inside(wrap) -> None:
     wrapped, patch = wrap(model), patch_for(model)
     assert units(wrapped) == units(model)
     before, wanted = bits(model.state_dict()), bits(apply(model.state_dict(), patch))
-    outside = {name: t for name, t in zip(wrapped.state_dict(), model.state_dict(), strict=True)}
-    for given in (patch, {name: patch[inside] for name, inside in outside.items() if inside in patch}):
-        with Patched(wrapped, given):
+    outside = dict(zip(wrapped.state_dict(), model.state_dict(), strict=True))
+    for named in (patch, {name: patch[inside] for name, inside in outside.items() if inside in patch}):
+        with Patched(wrapped, named):
             assert bits(model.state_dict()) == wanted
         assert bits(model.state_dict()) == before
 

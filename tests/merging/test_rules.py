@@ -165,6 +165,12 @@ def test_what_all_agree_on_stays(name: str, tmp_path: Path) -> None:
     assert picture(on_disk(tmp_path, base, models, rule_of(name))) == picture(got)
 
 
+def test_what_all_agree_on_stays_under_rules_of_ones_own() -> None:
+    state = {"w": torch.tensor([-math.inf, math.inf, math.nan, 2.0])}
+    got = merge(state, [state], lambda name, w0, ws: w0 + 0.5 * (ws[0] - w0))
+    assert picture(got) == picture(state)
+
+
 @each_rule
 @pytest.mark.parametrize("bad", [-math.inf, math.inf, math.nan])
 def test_what_one_model_has_follows_the_formula(name: str, bad: float) -> None:
