@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def integer(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
-    """An integer from ``low`` to ``high``, both included.
+    """An integer from ``low`` to ``high``, both included; NumPy's and 0-d tensors are.
 
     Raises:
         ValueError: not an integer (True and False are none), or outside the interval.
@@ -25,6 +25,7 @@ def integer(name: str, value: Any, low: int | None = None, high: int | None = No
     Traceback (most recent call last):
     ValueError: k: expected an integer >= 1, got True
     """
+    value = scalar(value)
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or (low is not None and value < low) or (high is not None and value > high):
         raise ValueError(f"{name}: expected an integer {_interval(low, high)}".rstrip() + f", got {value!r}")
@@ -34,17 +35,20 @@ def integer(name: str, value: Any, low: int | None = None, high: int | None = No
 def number(
     name: str, value: Any, low: float | None = None, high: float | None = None, *, open_low: bool = False
 ) -> float:
-    """A finite real number from ``low`` to ``high``, both included unless ``open_low``.
+    """A finite real number from ``low`` to ``high``, both included unless ``open_low``; NumPy's and 0-d tensors are.
 
     Raises:
         ValueError: not a finite real number (True and False are none), or outside the interval.
 
     >>> number("lr", 0.1, 0.0, open_low=True)
     0.1
+    >>> number("lr", torch.tensor(0.5))
+    0.5
     >>> number("lr", float("nan"), 0.0)
     Traceback (most recent call last):
     ValueError: lr: expected a finite number >= 0, got nan
     """
+    value = scalar(value)
     real = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if real:
         too_low = low is not None and (value <= low if open_low else value < low)
@@ -54,6 +58,29 @@ def number(
             f"{name}: expected a finite number {_interval(low, high, open_low)}".rstrip() + f", got {value!r}"
         )
     return float(value)
+
+
+def numbers_of(name: str, values: Any) -> tuple[float, ...]:
+    """Finite real numbers, from a sequence, an array or a tensor of one dimension.
+
+    Raises:
+        ValueError: no sequence of them.
+
+    >>> numbers_of("weights", torch.tensor([0.5, 0.25]))
+    (0.5, 0.25)
+    """
+    values = values.tolist() if getattr(values, "ndim", None) == 1 and hasattr(values, "tolist") else values
+    listed = isinstance(values, Iterable) and not isinstance(values, str | bytes)
+    try:
+        return tuple(number(name, value) for value in (values if listed else [None]))
+    except ValueError:
+        raise ValueError(f"{name}: expected finite numbers, got {values!r}") from None
+
+
+def scalar(value: Any) -> Any:
+    """The number in an array or tensor without dimensions; anything else as it is."""
+    held = getattr(value, "ndim", None) == 0 and hasattr(value, "item") and not getattr(value, "is_meta", False)
+    return value.item() if held else value
 
 
 def one_of(name: str, value: T, choices: Collection[T]) -> T:

@@ -67,7 +67,16 @@ from torch import Tensor, nn
 
 from .._checks import number
 from .baselines.arithmetic import average
-from .core.aligned import State, check_names, check_states, check_tensors, layout_of
+from .core.aligned import (
+    State,
+    check_codes,
+    check_dense,
+    check_finite,
+    check_names,
+    check_states,
+    check_tensors,
+    layout_of,
+)
 from .core.batchnorm import batchnorms, recalibrate
 from .core.loop import merge, upcast
 
@@ -100,15 +109,19 @@ def signature(
 
     Raises:
         TypeError: something is no state dict, or ``names`` are no names.
-        ValueError: a state lacks one of the tensors, or holds it in another shape, as integers, or (when projecting)
-            with an entry that is not finite.
+        ValueError: a state lacks one of the tensors, or holds it in another shape, as integers, or with an entry that
+            is not finite; integers beside them differ, as those of quantised weights; a function that wants none.
     """
     states = {"clean": clean, "pretrained": pretrained, "robust": robust}
     check_states(**states)
     if callable(names):
+        check_dense(clean=clean)
         names = [name for name, t in layout_of(clean).items() if t.is_floating_point() and names(name)]
+        if not names:
+            raise ValueError("names: expected a function that wants some of clean's tensors, got one that wants none")
     names = check_names(names)
     check_tensors(names, **states)
+    check_codes(names, clean, [pretrained, robust])
     rho: dict[str, Tensor] = {}
     beta: dict[str, Tensor] = {}  # kept where they are: a look at each would stall the device's queue
     for name in names:
@@ -125,6 +138,8 @@ def signature(
     broken = [name for name, b in beta.items() if not b.isfinite()]
     if broken:
         raise ValueError(f"pretrained, clean, robust: expected finite weights, got others in {', '.join(broken)}")
+    if not project:
+        check_finite("clean, robust", rho)
     return rho
 
 
@@ -148,20 +163,23 @@ def compose(
 
     Raises:
         TypeError: ``signatures`` is one signature instead of a sequence.
-        ValueError: not as many weights as signatures, one that is not finite, or shapes that do not match.
+        ValueError: not as many weights as signatures, one that is not finite, shapes that do not match, or signatures
+            or a sum with entries that are not finite.
     """
     if isinstance(signatures, Mapping) or not isinstance(signatures, Sequence):
         raise TypeError(f"signatures: expected a sequence of signatures, got one {type(signatures).__name__}")
     weights = [1 / max(len(signatures), 1)] * len(signatures) if weights is None else weights
     if len(weights) != len(signatures):
         raise ValueError(f"weights: expected {len(signatures)}, one for each signature, got {len(weights)}")
-    scales = [number("strength", strength) * number("weights", w) for w in weights]
+    strength = number("strength", strength)
+    scales = [strength * number("weights", w) for w in weights]
     seen: dict[str, Tensor] = {}
     for i, rho in enumerate(signatures):
         label = f"signatures[{i}]"
         check_states(**{label: rho})
         check_tensors(rho, **{label: rho})
         check_tensors([n for n in rho if n in seen], **{"those before": seen, label: rho})
+        check_finite(label, rho)
         seen = {**rho, **seen}
 
     patch: dict[str, Tensor] = {}
@@ -175,6 +193,7 @@ def compose(
         if both:
             torch._foreach_add_([patch[n] for n in both], [rho[n] for n in both], alpha=scale)
         patch |= {n: upcast(rho[n]) * scale for n in new}
+    check_finite("weights, strength", patch)
     return patch
 
 
@@ -211,7 +230,7 @@ def blend_statistics(model: nn.Module, batches: Iterable[Tensor], strength: floa
     Returns:
         ``model``.
     """
-    number("strength", strength, 0, 1)
+    strength = number("strength", strength, 0, 1)
     layers = batchnorms(model).values()
     running = [t for m in layers for t in (m.running_mean, m.running_var) if t is not None]
     before = [t.clone() for t in running]

@@ -90,3 +90,13 @@ def test_layers_without_running_statistics_are_left_out() -> None:
     model = nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False), nn.LayerNorm(2))
     assert batchnorms(model) == {}
     assert recalibrate(model, [torch.randn(3, 2)]) is model
+
+
+def test_statistics_that_are_not_finite_are_refused_and_the_old_ones_kept() -> None:
+    net = nn.Sequential(nn.BatchNorm1d(3))
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    x = torch.zeros(4, 3)
+    x[0, 1] = float("nan")
+    with pytest.raises(ValueError, match="batches: expected finite inputs, got statistics that are not in 0"):
+        recalibrate(net, [torch.zeros(4, 3), x])
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())

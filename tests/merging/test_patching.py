@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from torch.testing import assert_close
 
 from peftref.merging.core.checkpoints import Checkpoint
 from peftref.merging.core.patching import Patched, apply
+from peftref.merging.core.units import units
 from peftref.models import SmallCNN
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -256,3 +258,82 @@ def test_replaced_tensors_are_noticed() -> None:
     with pytest.raises(RuntimeError, match="^model: expected the tensors it had, got others for bias"):
         patch.on()
     assert torch.equal(net.bias, before) and patch.strength == 0
+
+
+# -- more than a type can hold
+
+
+def test_a_sum_that_a_type_cannot_hold_is_refused() -> None:
+    for dtype, weight, add in (
+        (torch.float16, 60000.0, 9000.0),
+        (torch.bfloat16, 3e38, 3e38),
+        (torch.float32, 3e38, 3e38),
+        (torch.float8_e4m3fn, 448.0, 100.0),
+        (torch.float8_e5m2, 57344.0, 9000.0),
+    ):
+        model = nn.Module()
+        model.w = nn.Parameter(torch.tensor([1.0, weight]).to(dtype), requires_grad=False)
+        model.v = nn.Parameter(torch.ones(2), requires_grad=False)
+        before = bits(model.state_dict())
+        patch = {"v": torch.ones(2), "w": torch.tensor([1.0, add])}
+        said = rf"patch: expected sums that the weights' types can hold, got larger ones in w \({dtype}\)"
+        with pytest.raises(ValueError, match=said):
+            apply(model.state_dict(), patch)
+        patched = Patched(model, patch)
+        with pytest.raises(ValueError, match=said):
+            patched.on()
+        assert bits(model.state_dict()) == before and patched.strength == 0
+        half = bits(patched.on(-0.5) and model.state_dict())
+        with pytest.raises(ValueError, match=said):
+            patched.on(2.0)
+        assert bits(model.state_dict()) == half != before and patched.strength == -0.5
+        patched.off()
+        assert bits(model.state_dict()) == before
+
+
+def test_a_mask_of_infinities_in_the_host_stays() -> None:
+    mask = torch.full((3, 3), float("-inf")).triu(1)
+    host = {"mask": mask, "w": torch.ones(2)}
+    patched = apply(host, {"mask": torch.zeros(3, 3), "w": torch.ones(2)})
+    assert torch.equal(patched["mask"], mask) and patched["w"].tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_patch_that_is_not_finite_is_refused(bad: float) -> None:
+    model = net()
+    before = bits(model.state_dict())
+    patch = {"fc.bias": torch.full((10,), bad)}
+    for call in (lambda: apply(model.state_dict(), patch), lambda: Patched(model, patch)):
+        with pytest.raises(ValueError, match="patch: expected finite numbers, got others in fc.bias"):
+            call()
+    assert bits(model.state_dict()) == before
+
+
+def test_float8_is_patched_and_comes_back() -> None:
+    host = {"w": torch.tensor([1.0, -2.0, 0.5]).to(torch.float8_e4m3fn)}
+    assert apply(host, {"w": torch.tensor([0.25, 0.5, 1.0])})["w"].float().tolist() == [1.25, -1.5, 1.5]
+
+
+# -- wrappers
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager"), lambda m: m])
+def test_names_are_those_of_the_module_inside(wrap) -> None:
+    model = net()
+    wrapped, patch = wrap(model), patch_for(model)
+    assert units(wrapped) == units(model)
+    before, wanted = bits(model.state_dict()), bits(apply(model.state_dict(), patch))
+    outside = dict(zip(wrapped.state_dict(), model.state_dict(), strict=True))
+    for named in (patch, {name: patch[inside] for name, inside in outside.items() if inside in patch}):
+        with Patched(wrapped, named):
+            assert bits(model.state_dict()) == wanted
+        assert bits(model.state_dict()) == before
+
+
+def test_numbers_of_numpy_and_torch() -> None:
+    model, patch = net(), patch_for(net())
+    patched = Patched(model, patch)
+    wanted = bits(patched.on(0.5) and model.state_dict())
+    for strength in (np.float32(0.5), np.float64(0.5), torch.tensor(0.5), np.array(0.5)):
+        patched.off()
+        assert bits(patched.on(strength) and model.state_dict()) == wanted and type(patched.strength) is float

@@ -216,3 +216,9 @@ def test_refusals(tmp_path) -> None:
     save_file({"codes/w": torch.ones(2)}, tmp_path / "other.safetensors", metadata={"levels": "4", "kind": "cubic"})
     with pytest.raises(ValueError, match="kind: expected one of"):
         Quantised.load(tmp_path / "other.safetensors")
+
+
+def test_levels_of_torch() -> None:
+    wanted = quantise({"w": torch.linspace(-1, 1, 9)}, 4)
+    got = quantise({"w": torch.linspace(-1, 1, 9)}, torch.tensor(4))
+    assert torch.equal(got.codes["w"], wanted.codes["w"]) and type(got.levels) is int

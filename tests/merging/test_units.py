@@ -104,3 +104,9 @@ def test_refusals() -> None:
     for model in (nn.Linear(2, 2), nn.Sequential(nn.Conv2d(1, 1, 1)), nn.Sequential()):
         with pytest.raises(ValueError, match="expected a convolution before the head"):
             units(model)
+
+
+def test_a_unit_is_a_list_of_names() -> None:
+    for bad in (["abc"], [[1]], [5]):
+        with pytest.raises(TypeError, match="units: expected a list of names of tensors"):
+            first(bad, 1)  # type: ignore[arg-type]

@@ -13,6 +13,9 @@ rule                     merged weights                                         
 :func:`dare`             :math:`\tau_t\leftarrow m_t\odot\tau_t/(1-p)`, then a rule  Yu et al., ICML 2024
 =======================  ==========================================================  ==================================
 
+A coefficient of 0 leaves its tensor out, even one that is not finite; elsewhere an infinity or NaN goes where the
+formula takes it, and where all agree on it, it stays.
+
 >>> import torch
 >>> from peftref.merging.core.loop import merge
 >>> zero_shot, tuned = {"w": torch.tensor([0.0, 1.0])}, {"w": torch.tensor([2.0, 5.0])}
@@ -24,16 +27,18 @@ rule                     merged weights                                         
 
 from __future__ import annotations
 
-import math
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..._checks import number
-from ..core.loop import Rule, State, elementwise
+from ..._checks import number, numbers_of, scalar
+from ..core.aligned import check_states
+from ..core.loop import Rule, State, difference, elementwise
+from ..core.storing import all_finite
 
 __all__ = ["average", "dare", "fisher_wise_ft", "linear", "task_arithmetic", "wise_ft"]
 
@@ -46,7 +51,7 @@ def average() -> Rule:
         y = ws[0].clone()
         for n, w in enumerate(ws[1:], start=2):
             y.lerp_(w, 1 / n)  # a running mean: equal models come out bit for bit
-        return y
+        return _mended(y, lambda: torch.stack(list(ws)).mean(0))
 
     return rule
 
@@ -62,14 +67,15 @@ def linear(weights: Sequence[float]) -> Rule:
     Raises:
         ValueError: weights that are not finite; at the merge, another number of models.
     """
-    weights = _finite("weights", weights)
+    weights = _some("weights", weights)
 
     @elementwise
     def rule(name: str, w0: Tensor, ws: Sequence[Tensor]) -> Tensor:
         _check_count("weights", weights, ws)
-        y = ws[0] * weights[0]
+        y = ws[0] * weights[0] if weights[0] else torch.zeros_like(w0)
         for w, c in zip(ws[1:], weights[1:], strict=True):
-            y.add_(w, alpha=c)
+            if c:
+                y.add_(w, alpha=c)
         return y
 
     return rule
@@ -83,16 +89,20 @@ def task_arithmetic(scale: float | Sequence[float] = 0.3) -> Rule:
     Args:
         scale: one for all models (0.3: the value that fusion_bench takes; tune it on validation data) or one for each.
     """
-    scale = _finite("scale", scale)
+    several = isinstance(scale, Iterable) and getattr(scale, "ndim", 1) > 0
+    given = _some("scale", scale if several else [scale])
 
     @elementwise
     def rule(name: str, w0: Tensor, ws: Sequence[Tensor]) -> Tensor:
-        scales = scale * len(ws) if len(scale) == 1 else scale
+        scales = given * len(ws) if len(given) == 1 else given
         _check_count("scale", scales, ws)
-        y = torch.lerp(w0, ws[0], scales[0])  # w0 + scale (w - w0)
-        for w, c in zip(ws[1:], scales[1:], strict=True):
+        used = [(w, c) for w, c in zip(ws, scales, strict=True) if c]
+        if not used:
+            return w0.clone()
+        y = torch.lerp(w0, used[0][0], used[0][1])  # w0 + scale (w - w0)
+        for w, c in used[1:]:
             y.add_(w - w0, alpha=c)
-        return y
+        return _mended(y, lambda: sum((c * difference(w, w0) for w, c in used), start=w0))
 
     return rule
 
@@ -103,14 +113,17 @@ def wise_ft(alpha: float = 0.5) -> Rule:
     Args:
         alpha: 0.5 is the paper's value when nothing is tuned. Outside [0, 1] it extrapolates, with a warning.
     """
-    number("alpha", alpha)
+    alpha = number("alpha", alpha)
     if not 0 <= alpha <= 1:
         warnings.warn(f"alpha: {alpha} is outside [0, 1], so the weights are extrapolated", stacklevel=2)
 
     @elementwise
     def rule(name: str, w0: Tensor, ws: Sequence[Tensor]) -> Tensor:
         (w1,) = _exactly_one(ws)
-        return torch.lerp(w0, w1, alpha)  # theta_0 + alpha (theta_1 - theta_0), exact at both ends
+        if alpha in (0, 1):
+            return (w1 if alpha else w0).clone()  # the other may be anything
+        y = torch.lerp(w0, w1, alpha)  # theta_0 + alpha (theta_1 - theta_0), exact at both ends
+        return _mended(y, lambda: (1 - alpha) * w0 + alpha * w1)
 
     return rule
 
@@ -129,15 +142,17 @@ def fisher_wise_ft(alpha: float, fisher0: State, fisher1: State, floor: float = 
     Raises:
         ValueError: ``alpha`` outside [0, 1], ``floor`` not positive; at the merge, a name or shape without information.
     """
-    number("alpha", alpha, 0, 1)
-    number("floor", floor, 0, open_low=True)
+    alpha = number("alpha", alpha, 0, 1)
+    floor = number("floor", floor, 0, open_low=True)
+    check_states(fisher0=fisher0, fisher1=fisher1)
 
     def rule(name: str, w0: Tensor, ws: Sequence[Tensor]) -> Tensor:
         (w1,) = _exactly_one(ws)
         f0 = _information("fisher0", fisher0, name, w0).clamp_min(floor)
         f1 = _information("fisher1", fisher1, name, w0).clamp_min(floor)
         share = alpha * f1 / ((1 - alpha) * f0 + alpha * f1)
-        return torch.lerp(w0, w1, share)
+        y = _mended(torch.lerp(w0, w1, share), lambda: (1 - share) * w0 + share * w1)
+        return torch.where(share == 0, w0, torch.where(share == 1, w1, y))
 
     return rule
 
@@ -151,28 +166,34 @@ def dare(drop: float, then: Rule, seed: int = 0) -> Rule:
         seed: each tensor of each model draws from its own generator, made of the seed, its name and the model's place,
             so the masks do not depend on the order in which tensors are read.
     """
-    number("drop", drop)
+    drop = number("drop", drop)
     if not 0 <= drop < 1:
         raise ValueError(f"drop: expected a probability in [0, 1), got {drop}")
     if not callable(then):
         raise TypeError(f"then: expected a rule, got {type(then).__name__}")
+    seed = scalar(seed)
 
     def rule(name: str, w0: Tensor, ws: Sequence[Tensor]) -> Tensor:
         def thinned(i: int, w: Tensor) -> Tensor:
             generator = torch.Generator(w.device).manual_seed(zlib.crc32(f"{seed}/{i}/{name}".encode()))
             keep = torch.empty_like(w).uniform_(generator=generator) >= drop
-            return torch.where(keep, w0 + (w - w0) / (1 - drop), w0)
+            return torch.where(keep, w0 + difference(w, w0) / (1 - drop), w0)
 
         return then(name, w0, [thinned(i, w) for i, w in enumerate(ws)])
 
     return rule
 
 
-def _finite(name: str, values: float | Sequence[float]) -> tuple[float, ...]:
-    values = (values,) if isinstance(values, (int, float)) else tuple(values)
-    if not values or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
-        raise ValueError(f"{name}: expected finite numbers, got {values}")
-    return values
+def _mended(y: Tensor, formula: Callable[[], Tensor]) -> Tensor:
+    """``y``, with the definition itself where the shorter way to it met infinities: half of -inf and -inf is -inf."""
+    return y if not y.numel() or all_finite(y) else torch.where(y.isnan(), formula(), y)
+
+
+def _some(name: str, values: Any) -> tuple[float, ...]:
+    found = numbers_of(name, values)
+    if not found:
+        raise ValueError(f"{name}: expected finite numbers, got none")
+    return found
 
 
 def _check_count(name: str, values: Sequence[float], ws: Sequence[Tensor]) -> None:
@@ -191,4 +212,6 @@ def _information(label: str, fisher: State, name: str, like: Tensor) -> Tensor:
     if f is None or f.shape != like.shape:
         got = "none" if f is None else f"shape {tuple(f.shape)}"
         raise ValueError(f"{label}: expected a tensor of shape {tuple(like.shape)} for {name}, got {got}")
-    return f.to(like)
+    if f.numel() and not (f := f.to(like)).amin() >= 0:
+        raise ValueError(f"{label}: expected information >= 0 for {name}, got {f.amin().item():g}")
+    return f

@@ -34,7 +34,9 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from ..core.loop import Rule, State, check_aligned, upcast
+from ..._checks import number, numbers_of, scalar
+from ..core.aligned import check_names
+from ..core.loop import Rule, State, check_aligned, difference, widest
 
 __all__ = ["ties", "trim_thresholds"]
 
@@ -66,26 +68,27 @@ def ties(
     Raises:
         ValueError: a setting out of its range; at the merge, another number of models.
     """
-    _check_trim(density, keep)
+    density = _check_trim(density, keep)
     for name, value, options in (
         ("elect", elect, ("mass", "count", "weighted")),
         ("combine", combine, ("mean", "sum", "max")),
     ):
         if value not in options:
             raise ValueError(f"{name}: expected one of {options}, got {value!r}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
-    if not all(map(math.isfinite, weights or ())):
-        raise ValueError(f"weights: expected finite numbers, got {weights}")
+    scale = number("scale", scale)
+    weights = None if weights is None else numbers_of("weights", weights)
+    thresholds = (
+        None if thresholds is None else [float(scalar(least)) for least in thresholds]
+    )  # infinite, if weights are
 
     def rule(name: str, w0: Tensor, ws: Sequence[Tensor]) -> Tensor:
         for what, values in (("weights", weights), ("thresholds", thresholds)):
             if values is not None and len(values) != len(ws):
                 raise ValueError(f"{what}: expected one for each of the {len(ws)} models, got {len(values)}")
-        if not w0.numel():
+        if not w0.numel() or scale == 0:
             return w0
-        tau = torch.stack([w - w0 for w in ws]).view(len(ws), -1)  # (N, n)
-        size = tau.abs().float()
+        tau = torch.stack([difference(w, w0) for w in ws]).reshape(len(ws), -1)  # (N, n)
+        size = _sizes(tau)
         if thresholds is None:
             least = size.kthvalue(tau.shape[1] - kept(tau.shape[1], density, keep) + 1, dim=1, keepdim=True).values
         else:
@@ -99,9 +102,10 @@ def ties(
         if combine == "max":
             y = sign * (tau.abs() * agree).amax(0)
         else:
-            y = (c * tau * agree).sum(0)
+            y = torch.where(agree & (c != 0), c * tau, 0.0).sum(0)
             total = (c * agree).sum(0)
             y = torch.where(total == 0, 0.0, y / total) if combine == "mean" else y
+        y = torch.where(tau.sum(0).isnan(), math.nan, y)  # no number, or infinities of both signs
         return w0 + scale * y.view_as(w0)
 
     return rule
@@ -127,7 +131,8 @@ def trim_thresholds(
     Raises:
         ValueError: names or shapes that do not match, or a setting out of its range.
     """
-    _check_trim(density, keep)
+    density = _check_trim(density, keep)
+    skip = set(check_names(skip, "skip"))
     layout = check_aligned(base, models, skip)
     names = [n for n, t in layout.items() if n not in skip and t.is_floating_point()]
     total = sum(layout[n].numel() for n in names)
@@ -138,9 +143,11 @@ def trim_thresholds(
     for shift, width in ((BITS, 31 - BITS), (0, BITS)):
         counts = torch.zeros(len(models), 2**width, dtype=torch.long)
         for name in names:
-            w0 = upcast(base[name])
-            for i, model in enumerate(models):
-                bits = (upcast(model[name]).to(w0) - w0).float().abs().flatten().view(torch.int32)
+            w0 = base[name].detach()
+            ws = [model[name].detach() for model in models]
+            w0, *ws = (w.to(w0.device, widest([w0, *ws])) for w in (w0, *ws))
+            for i, w in enumerate(ws):
+                bits = _sizes(difference(w, w0)).flatten().view(torch.int32)
                 if shift == 0:
                     bits = bits[bits >> BITS == found[i]] & (2**BITS - 1)
                 counts[i] += torch.bincount(bits >> shift, minlength=2**width).cpu()
@@ -152,8 +159,15 @@ def trim_thresholds(
     return found.to(torch.int32).view(torch.float32).tolist()
 
 
-def _check_trim(density: float, keep: str) -> None:
+def _sizes(tau: Tensor) -> Tensor:
+    """Magnitudes to rank; what is no number is the largest, so that it stays and shows."""
+    return tau.abs().float().nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def _check_trim(density: float, keep: str) -> float:
+    density = number("density", density)
     if not 0 < density <= 1:
         raise ValueError(f"density: expected a share in (0, 1], got {density}")
     if keep not in ("exact", "kth"):
         raise ValueError(f"keep: expected one of ('exact', 'kth'), got {keep!r}")
+    return density

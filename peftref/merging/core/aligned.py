@@ -7,18 +7,23 @@ from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..._checks import at_least_float32
+from ..._wrapped import WRAPPED
+from .codes import other_codes, scaled_codes
+
 State = Mapping[str, Tensor]  # a state dict, or a checkpoint opened lazily
 
 
-def check_names(names: Iterable[str]) -> list[str]:
+def check_names(names: Iterable[str], label: str = "names") -> list[str]:
     """The names without repetitions.
 
     Raises:
-        TypeError: something else than names.
+        TypeError: something else than names; one text is not a list of its letters.
     """
-    listed = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else None
+    listed = list(names) if isinstance(names, Iterable) and not isinstance(names, (str, bytes)) else None
     if listed is None or not all(isinstance(name, str) for name in listed):
-        raise TypeError(f"names: expected names of tensors, as of first(units, k), got {names!r}")
+        source = "names of tensors, as of first(units, k)" if label == "names" else "a list of names of tensors"
+        raise TypeError(f"{label}: expected {source}, got {names!r}")
     return list(dict.fromkeys(listed))
 
 
@@ -49,9 +54,40 @@ def check_tensors(names: Iterable[str], **states: State) -> None:
         found[label] = {
             "missing": [n for n in names if n not in layout],
             "not floating-point": [n for n in names if n in layout and n not in floats[label]],
+            "sparse or without data": [
+                n for n, t in floats[label].items() if layout is states[label] and not _dense(t)
+            ],
             "shapes": [f"{n} {got} for {expected}" for n, got, expected in pairs if got != expected],
         }
     _raise_lists(found, f"floating-point tensors of the shapes of {label0}")
+
+
+def check_finite(label: str, state: State) -> None:
+    """Refuse floating-point tensors with NaN or infinity.
+
+    Raises:
+        ValueError: there are some; the message names them.
+    """
+    broken = [name for name in state if not at_least_float32(state[name]).isfinite().all()]
+    if broken:
+        raise ValueError(f"{label}: expected finite numbers, got others in {', '.join(broken)}")
+
+
+def check_dense(skip: Collection[str] = (), **states: State) -> None:
+    """Raise one error that lists what is no tensor, or none with a number for each entry (sparse, on the meta device).
+
+    Raises:
+        ValueError: there is something. Checkpoints that are read on demand have neither.
+    """
+    found = {}
+    for label, state in states.items():
+        held = {} if layout_of(state) is not state else {n: t for n, t in state.items() if n not in skip}
+        tensors = {n: t for n, t in held.items() if isinstance(t, Tensor)}
+        found[label] = {
+            "no tensors": [f"{n} ({type(t).__name__})" for n, t in held.items() if n not in tensors],
+            "sparse or without data": [n for n, t in tensors.items() if not _dense(t)],
+        }
+    _raise_lists(found, "dense tensors")
 
 
 def check_aligned(base: State, models: Sequence[State], skip: Collection[str] = ()) -> Mapping[str, Tensor]:
@@ -65,19 +101,46 @@ def check_aligned(base: State, models: Sequence[State], skip: Collection[str] = 
         skip: names that may differ in anything.
 
     Raises:
-        TypeError: ``models`` is one state dict instead of a sequence, or something is no state dict.
-        ValueError: no models, or a name or shape that differs.
+        TypeError: ``models`` is one state dict instead of a sequence, something is no state dict, or ``skip`` no list
+            of names.
+        ValueError: no models, a name, shape or code that differs, or a name to skip that no state has.
     """
     if isinstance(models, Mapping) or not isinstance(models, Sequence):
         raise TypeError(f"models: expected a sequence of state dicts, got one {type(models).__name__}")
-    check_states(base=base, **{f"models[{i}]": model for i, model in enumerate(models)})
+    named = {f"models[{i}]": model for i, model in enumerate(models)}
+    check_states(base=base, **named)
     if not models:
         raise ValueError("models: expected at least one state dict, got none")
+    skip = set(check_names(skip, "skip"))
+    unknown = [name for name in sorted(skip) if not any(name in state for state in (base, *models))]
+    if unknown:
+        raise ValueError(f"skip: expected names of the state dicts, got {unknown}")
+    check_dense(base=base)
+    check_dense(skip, **named)
     layout = layout_of(base)
     ties = tied_names(layout, skip)
-    found = {f"models[{i}]": _differences(layout, ties, model, skip) for i, model in enumerate(models)}
-    _raise_lists(found, "the names and shapes of base")
+    _raise_lists(
+        {label: _differences(layout, ties, model, skip) for label, model in named.items()},
+        "the names and shapes of base",
+    )
+    _raise_codes(base, named, [name for name in layout if name not in skip])
     return layout
+
+
+def check_codes(names: Iterable[str], base: State, models: Sequence[State]) -> None:
+    """Raise one error that lists codes that differ, in the modules that hold ``names``.
+
+    Raises:
+        ValueError: there are some.
+    """
+    owners = {name.rpartition(".")[0] for name in names}
+    layouts = [layout_of(model) for model in models]
+    held = [n for n, t in layout_of(base).items() if isinstance(t, Tensor)]
+    beside = [n for n in held if n in owners or n.rpartition(".")[0] in owners]  # "weight" of "weight.absmax"
+    both = [
+        n for n in beside if all(getattr(other.get(n), "shape", None) == layout_of(base)[n].shape for other in layouts)
+    ]
+    _raise_codes(base, {f"models[{i}]": model for i, model in enumerate(models)}, both)
 
 
 def tied_names(layout: Mapping[str, Tensor], skip: Collection[str]) -> dict[str, str]:
@@ -109,16 +172,49 @@ def _differences(
     """Kind of difference -> what differs."""
     model = layout_of(state)
     missing = [n for n in layout if n not in model and n not in skip]
+    unexpected = [n for n in model if n not in layout and n not in skip]
     both = [(n, model[n], t) for n, t in layout.items() if n in model and n not in skip]
-    kinds = [(n, t, t0) for n, t, t0 in both if t.is_floating_point() != t0.is_floating_point()]
+    kinds = [(n, t, t0) for n, t, t0 in both if _kind(t) != _kind(t0)]
     apart = [(n, first) for n, first in ties.items() if n in model and first in model and not _same(state, n, first)]
+    wrapper = _wrapper(missing, unexpected)
+    if wrapper:
+        missing, unexpected = [], []
     return {
+        "names that differ by a wrapper alone (use the state dict of the module inside)": wrapper,
         "missing": missing,
-        "unexpected": [n for n in model if n not in layout and n not in skip],
+        "unexpected": unexpected,
         "shapes": [f"{n} {tuple(t.shape)} for {tuple(t0.shape)}" for n, t, t0 in both if t.shape != t0.shape],
         "types": [f"{n} {t.dtype} for {t0.dtype}" for n, t, t0 in kinds],
         "tied in base, but different": [f"{n} and {first}" for n, first in apart],
     }
+
+
+def _wrapper(missing: Sequence[str], unexpected: Sequence[str]) -> list[str]:
+    """What alone tells one side's names from the other's: ``module``, of ``DataParallel``, or any common beginning."""
+    short, long = sorted((missing, unexpected), key=lambda names: sum(map(len, names)))
+    if not short or len(short) != len(long):
+        return []
+    words = {word for name in long for word in name.split(".")} & {*WRAPPED, "module"}
+    plain = {".".join(word for word in name.split(".") if word not in words) for name in (*short, *long)}
+    if words and len(plain) == len(short):
+        return sorted(words)
+    start = long[0].removesuffix(short[0])
+    return [start] if start != long[0] and {start + name for name in short} == set(long) else []
+
+
+def _dense(t: Tensor) -> bool:
+    return t.layout == torch.strided and not t.is_meta and not t.is_nested
+
+
+def _kind(t: Tensor) -> tuple[bool, bool]:
+    return t.is_floating_point(), t.is_complex()
+
+
+def _raise_codes(base: State, models: Mapping[str, State], names: Collection[str]) -> None:
+    layout = layout_of(base)
+    found = {label: {"different": other_codes(base, model, layout, names)} for label, model in models.items()}
+    found["models"] = {"codes and scales that both differ": scaled_codes(base, list(models.values()), layout, names)}
+    _raise_lists(found, "the codes of base (dequantise quantised weights first; skip what is no weight)")
 
 
 def _raise_lists(found: Mapping[str, Mapping[str, list[str]]], expected: str) -> None:

@@ -31,7 +31,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
         ``model``.
 
     Raises:
-        ValueError: no batches, or one without samples.
+        ValueError: no batches, one without samples, or statistics that are not finite.
     """
     layers = list(batchnorms(model).values())
     before = [({k: v.clone() for k, v in m.named_buffers()}, m.training, m.momentum) for m in layers]
@@ -49,6 +49,9 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
             model(x)
         if not seen:
             raise ValueError("batches: expected at least one, got none")
+        broken = [n for n, m in batchnorms(model).items() if not all(t.isfinite().all() for t in m.buffers())]
+        if broken:
+            raise ValueError(f"batches: expected finite inputs, got statistics that are not in {', '.join(broken)}")
     except BaseException:
         for m, (buffers, _, _) in zip(layers, before, strict=True):
             m.load_state_dict(buffers, strict=False)

@@ -20,33 +20,23 @@ run code.
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..._replacing import new_folder
+from .headers import DTYPES, INDEX, SINGLE, Header, identity, read_header, shards_of
 from .loop import Rule, fill
 
 __all__ = ["Checkpoint", "merge_checkpoints"]
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 # A file is read through the page cache, and its pages count as ours for as long as it is open. Opening it anew after so
 # many bytes bounds what we hold; the header is read again each time, which costs nothing beside them.
 WINDOW = 1 << 26
-DTYPES = {
-    **{f"F{b}": getattr(torch, f"float{b}") for b in (16, 32, 64)},
-    **{f"I{b}": getattr(torch, f"int{b}") for b in (8, 16, 32, 64)},
-    **{"BF16": torch.bfloat16, "BOOL": torch.bool, "U8": torch.uint8, "C64": torch.complex64},
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
-}
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -58,21 +48,30 @@ class Checkpoint(Mapping[str, Tensor]):
     Attributes:
         files: shard -> names of its tensors, in the order in which they are stored.
         layout: name -> a tensor on the meta device with its shape and type.
+        headers: shard -> what stands before its data.
+        index: what stands in the index; None without one.
 
     Raises:
-        FileNotFoundError: no checkpoint there, or a shard of its index is missing.
-        ValueError: a file that is not safetensors, or that lacks a tensor of the index.
+        FileNotFoundError: no checkpoint there, a shard of its index is missing, or the index points outside its folder.
+        ValueError: a file that is not safetensors, that lacks a tensor of the index, or that is replaced or changed
+            while tensors are still read from it; a folder with both a single file and an index of others.
     """
 
     def __init__(self, path: str | Path) -> None:
+        if not isinstance(path, str | os.PathLike):
+            raise TypeError(f"path: expected the path of a checkpoint, got {type(path).__name__}")
         self.path = Path(path)
         self.files: dict[Path, list[str]] = {}
         self.layout: dict[str, Tensor] = {}
+        self.headers: dict[Path, Header] = {}
         self._home: dict[str, Path] = {}
         self._open: tuple[Path, safe_open] | None = None
         self._read = 0
-        for file, wanted in _shards(self.path).items():
-            _, _, entries = _header(file)
+        shards, self.index = shards_of(self.path)
+        self._seen = {file: identity(file) for file in shards}
+        for file, wanted in shards.items():
+            self.headers[file] = read_header(file)
+            entries = self.headers[file].entries
             if wanted is not None and wanted != set(entries):
                 raise ValueError(f"path: {file.name} and its index differ in {sorted(wanted ^ set(entries))}")
             self.files[file] = sorted(entries, key=lambda name: entries[name]["data_offsets"])
@@ -85,12 +84,24 @@ class Checkpoint(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         file = self._home[name]
         size = self.layout[name].nbytes
+        self.check_unchanged(file)  # a shorter file would end the process, not raise
         if self._open is None or self._open[0] != file or self._read + size > WINDOW:
             self._open = (file, safe_open(file, framework="pt"))
             self._read = 0
         self._read += size
         tensor: Tensor = self._open[1].get_tensor(name)
-        return tensor
+        aligned = tensor.data_ptr() % tensor.element_size() == 0  # a header may have any length
+        return tensor if aligned else tensor.clone()
+
+    def check_unchanged(self, *files: Path) -> None:
+        """Whether files, or all of them, are still those whose headers were read.
+
+        Raises:
+            ValueError: another file has taken the place of one, or it has been written to.
+        """
+        for file in files or self.files:
+            if not file.is_file() or identity(file) != self._seen[file]:
+                raise ValueError(f"path: expected {file} as it was when it was opened, got another or changed file")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout)
@@ -110,7 +121,8 @@ def merge_checkpoints(
 ) -> Path:
     """Merge checkpoints on disk into the new folder ``out``, in the memory of a few tensors.
 
-    The folder appears complete or not at all: it is written under another name and renamed at the end.
+    The folder appears complete or not at all: it is written under another name, brought to the disk and renamed at the
+    end. What a killed merge into the same folder left is removed; a checkpoint that changes meanwhile is refused.
 
     Args:
         base: a path as :class:`Checkpoint` takes it.
@@ -125,26 +137,21 @@ def merge_checkpoints(
 
     Raises:
         FileExistsError: ``out`` exists.
-        FileNotFoundError, ValueError: see :class:`Checkpoint` and :func:`~peftref.merging.core.loop.merge`.
+        FileNotFoundError, TypeError, ValueError: see :class:`Checkpoint` and :func:`~peftref.merging.core.loop.merge`.
     """
-    if isinstance(models, (str, Path)):
+    if isinstance(models, str | os.PathLike) or not isinstance(models, Sequence):
         raise TypeError(f"models: expected a sequence of paths, got the path {str(models)!r}")
     out = Path(out)
-    if out.exists():
+    if os.path.lexists(out):
         raise FileExistsError(f"out: expected a folder that does not exist yet, got {out}")
     host = Checkpoint(base)
     parts = [Checkpoint(m) for m in models]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(f".{out.name}-{uuid.uuid4().hex}")
-    draft.mkdir()
-    try:
-        fill(host, parts, rule, _Draft(host, draft).place, skip=skip, device=device)
-        if len(host.files) > 1:
-            shutil.copy(host.path / INDEX, draft / INDEX)
-        draft.rename(out)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+    with new_folder(out) as folder:
+        draft = _Draft(host, folder)
+        fill(host, parts, rule, draft.place, skip=skip, device=device, rehearse=False)
+        draft.finish()
+        for checkpoint in (host, *parts):
+            checkpoint.check_unchanged()
     return out
 
 
@@ -153,55 +160,40 @@ class _Draft:
 
     def __init__(self, like: Checkpoint, folder: Path) -> None:
         self._place: dict[str, tuple[Path, int]] = {}
-        for source in like.files:
-            header, start, entries = _header(source)
-            file = folder / (source.name if len(like.files) > 1 else SINGLE)
+        self._apart: tuple[str, Tensor] | None = None
+        for source, (header, start, entries) in like.headers.items():
+            size = start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+            file = folder / (SINGLE if like.index is None else source.name)
             with file.open("wb") as f:
                 f.write(header)
                 f.flush()
                 if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(f.fileno(), 0, source.stat().st_size)  # a full disk is noticed here
-                f.truncate(source.stat().st_size)
+                    os.posix_fallocate(f.fileno(), 0, size)  # a full disk is noticed here
+                f.truncate(size)
             self._place |= {t: (file, start + entry["data_offsets"][0]) for t, entry in entries.items()}
+        if like.index is not None:
+            with (folder / INDEX).open("wb") as f:
+                f.write(like.index)
 
     def place(self, name: str, like: Tensor) -> Tensor:
-        """The bytes of a tensor in its file, as a tensor; they are ours only as long as somebody holds it."""
+        """The bytes of a tensor in its file, as a tensor; they are ours only as long as somebody holds it.
+
+        Where they begin at an address that is no multiple of the type's size, memory apart, written when it is full.
+        """
+        self.finish()
         file, start = self._place[name]
+        if start % like.element_size() or not like.numel():
+            self._apart = (name, torch.empty_like(like, memory_format=torch.contiguous_format))
+            return self._apart[1]
         mapped = torch.from_file(str(file), shared=True, size=file.stat().st_size, dtype=torch.uint8)
         return mapped[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
-
-def _shards(path: Path) -> dict[Path, set[str] | None]:
-    """Each file of a checkpoint, with the names that its index expects in it (None: no index)."""
-    if path.is_dir() and not (path / SINGLE).is_file() and (path / INDEX).is_file():
-        named: dict[Path, set[str]] = {}
-        for name, file in json.loads((path / INDEX).read_text())["weight_map"].items():
-            named.setdefault(path / Path(file).name, set()).add(name)
-        shards: dict[Path, set[str] | None] = {**named}
-    else:
-        shards = {path / SINGLE if path.is_dir() else path: None}
-    missing = [str(file) for file in shards if not file.is_file()]
-    if missing:
-        raise FileNotFoundError(f"path: expected safetensors, found no {', '.join(missing)}")
-    return shards
-
-
-def _header(file: Path) -> tuple[bytes, int, dict[str, dict[str, Any]]]:
-    """The bytes before the data, their number, and what they say of each tensor: dtype, shape, data_offsets."""
-    with open(file, "rb") as f:
-        size = f.read(8)
-        text = (
-            f.read(int.from_bytes(size, "little")) if file.stat().st_size > 8 + int.from_bytes(size, "little") else b""
-        )
-    try:
-        entries = json.loads(text)
-        entries.pop("__metadata__", None)
-        unknown = {entry["dtype"] for entry in entries.values()} - set(DTYPES)
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
-        raise ValueError(f"path: expected a safetensors file, got {file}") from error
-    end = 8 + len(text) + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    if end != file.stat().st_size:
-        raise ValueError(f"path: expected {end} bytes, got {file.stat().st_size} in {file}; the file is incomplete")
-    if unknown:
-        raise ValueError(f"path: expected types among {', '.join(DTYPES)}, got {', '.join(sorted(unknown))} in {file}")
-    return size + text, 8 + len(text), entries
+    def finish(self) -> None:
+        """Write what was filled apart."""
+        if self._apart is not None:
+            (name, tensor) = self._apart
+            file, start = self._place[name]
+            with file.open("r+b") as f:
+                f.seek(start)
+                f.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            self._apart = None

@@ -27,8 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import number
-from .aligned import State, check_states, check_tensors, layout_of, memory_of
+from ..._wrapped import plain_name
+from .aligned import State, check_dense, check_finite, check_states, check_tensors, layout_of, memory_of
 from .loop import upcast
+from .storing import all_finite, limit
 
 __all__ = ["Patched", "apply"]
 
@@ -46,10 +48,13 @@ def apply(host: State, patch: State) -> dict[str, Tensor]:
 
     Raises:
         TypeError: something is no state dict.
-        ValueError: the host lacks a tensor of the patch, or has it in another shape or as integers.
+        ValueError: the host lacks a tensor of the patch, or has it in another shape or as integers; a patch that is not
+            finite; a sum that the host's type cannot hold.
     """
     check_states(host=host, patch=patch)
+    check_dense(host=host)
     check_tensors(patch, patch=patch, host=host)
+    check_finite("patch", patch)
     copies: dict[tuple[Hashable, ...], Tensor] = {}
     result = {}
     for name, place in layout_of(host).items():
@@ -57,7 +62,9 @@ def apply(host: State, patch: State) -> dict[str, Tensor]:
         if key not in copies:
             copies[key] = host[name].detach().clone()
         result[name] = copies[key]
-    _add(*_once(result, patch))
+    names, tensors, patches = _once(result, patch)
+    _add(tensors, patches)
+    _check_sums(names, tensors, patches, [host[name] for name in names])
     return result
 
 
@@ -78,19 +85,21 @@ class Patched:
 
     Raises:
         TypeError: no module, or no state dict.
-        ValueError: the model lacks a tensor of the patch, or has it in another shape or as integers.
+        ValueError: the model lacks a tensor of the patch, or has it in another shape or as integers; a patch that is
+            not finite.
     """
 
     def __init__(self, model: nn.Module, patch: State) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        tensors |= model.named_buffers(remove_duplicate=False)
+        held = _held(model)
+        tensors = {plain_name(model, name): tensor for name, tensor in held.items()} | held
         check_states(patch=patch)
         check_tensors(patch, patch=patch, model=tensors)
-        self._tensors, self._patch = _once(tensors, patch)
+        check_finite("patch", patch)
+        self._labels, self._tensors, self._patch = _once(tensors, patch)
         self._model = model
-        self._names = {name: tensors[name] for name in patch}
+        self._names = {name: t for name, t in held.items() if any(t is patched for patched in self._tensors)}
         self._stash = [torch.empty_like(t, requires_grad=False) for t in self._tensors]
         self.strength = 0.0
 
@@ -99,21 +108,30 @@ class Patched:
         """Add ``strength`` times the patch to the model as it was before: calling it again replaces the strength.
 
         Raises:
-            ValueError: a strength that is not finite.
+            ValueError: a strength that is not finite, or with which a sum is more than a weight's type can hold; the
+                strength stays as it was.
             RuntimeError: the model has other tensors than before (``load_state_dict(..., assign=True)``).
         """
-        number("strength", strength)
-        now: dict[str, Tensor] = dict(self._model.named_parameters(remove_duplicate=False))
-        now |= self._model.named_buffers(remove_duplicate=False)
+        strength = number("strength", strength)
+        now = _held(self._model)
         replaced = [name for name, tensor in self._names.items() if now.get(name) is not tensor]
         if replaced:
             raise RuntimeError(f"model: expected the tensors it had, got others for {', '.join(replaced)}")
+        before = self.strength
+        try:
+            self._switch(strength)
+        except ValueError:
+            self._switch(before)
+            raise
+        return self
+
+    def _switch(self, strength: float) -> None:
         self.off()
+        self.strength = strength
         if strength and self._tensors:
             torch._foreach_copy_(self._stash, self._tensors)
             _add(self._tensors, self._patch, strength)  # a half-precision weight: summed in float32, rounded once
-        self.strength = float(strength)
-        return self
+            _check_sums(self._labels, self._tensors, self._patch, self._stash, strength)
 
     @torch.no_grad()
     def off(self) -> Patched:
@@ -130,13 +148,43 @@ class Patched:
         self.off()
 
 
+def _held(model: nn.Module) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return tensors | dict(model.named_buffers(remove_duplicate=False))
+
+
 def _add(tensors: list[Tensor], patch: list[Tensor], alpha: float = 1.0) -> None:
-    if tensors:
-        torch._foreach_add_(tensors, patch, alpha=alpha)
+    tiny = {i for i, t in enumerate(tensors) if t.dtype.itemsize == 1}  # float8, in which torch does not add
+    for i in tiny:
+        tensors[i].copy_(upcast(tensors[i]).add(patch[i], alpha=alpha))
+    pairs = [(t, p) for i, (t, p) in enumerate(zip(tensors, patch, strict=True)) if i not in tiny]
+    if pairs:
+        torch._foreach_add_([t for t, _ in pairs], [p for _, p in pairs], alpha=alpha)
 
 
-def _once(tensors: State, patch: State) -> tuple[list[Tensor], list[Tensor]]:
-    """Tensors and what to add to each; tensors that share memory count once, or the patch would act twice."""
+def _check_sums(
+    names: list[str], sums: list[Tensor], patch: list[Tensor], before: list[Tensor], alpha: float = 1.0
+) -> None:
+    """Refuse sums that became infinite, or, in float8, that stopped at the largest number.
+
+    Raises:
+        ValueError: there are some; the message names the tensors.
+    """
+    broken = []
+    for name, y, p, w in zip(names, sums, patch, before, strict=True):
+        if y.dtype.itemsize > 1 and (not y.numel() or all_finite(y)):
+            continue
+        exact = upcast(w).to(p).add(p, alpha=alpha).abs()
+        if (upcast(w).isfinite() & ~((exact <= limit(y.dtype)) & upcast(y).isfinite())).any():
+            broken.append(f"{name} ({y.dtype})")
+    if broken:
+        raise ValueError(
+            f"patch: expected sums that the weights' types can hold, got larger ones in {', '.join(broken)}"
+        )
+
+
+def _once(tensors: State, patch: State) -> tuple[list[str], list[Tensor], list[Tensor]]:
+    """Names, tensors and what to add to each; tensors that share memory count once, or the patch would act twice."""
     found: dict[tuple[Hashable, ...], tuple[str, Tensor, Tensor]] = {}
     for name in patch:
         t = tensors[name]
@@ -144,4 +192,4 @@ def _once(tensors: State, patch: State) -> tuple[list[Tensor], list[Tensor]]:
         tied, _, same = found.setdefault(memory_of(t), (name, t, p))
         if same is not p and not torch.equal(same, p):
             raise ValueError(f"patch: expected one value for {tied} and {name}, which share memory, got two")
-    return [t for _, t, _ in found.values()], [p for _, _, p in found.values()]
+    return [n for n, _, _ in found.values()], [t for _, t, _ in found.values()], [p for _, _, p in found.values()]

@@ -40,6 +40,7 @@ tensor([-1.0954,  0.0000,  0.3000,  4.0000])
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +50,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..._checks import scalar
 from ..._replacing import replacing
-from .aligned import check_states, check_tensors
+from .aligned import check_finite, check_states, check_tensors
 from .loop import State, upcast
 
 __all__ = ["Quantised", "quantise"]
@@ -119,8 +121,8 @@ class Quantised:
             for key in file.keys():  # noqa: SIM118 (no mapping)
                 part, _, name = key.partition("/")
                 parts[part][name] = file.get_tensor(key)
-        _check(int(about["levels"]), about["kind"])
-        return cls(parts["codes"], parts["ranges"], int(about["levels"]), about["kind"])
+        levels = _check(int(about["levels"]), about["kind"])
+        return cls(parts["codes"], parts["ranges"], levels, about["kind"])
 
 
 @torch.no_grad()
@@ -137,12 +139,10 @@ def quantise(signature: State, levels: int, kind: str = "linear") -> Quantised:
         TypeError: ``signature`` is no mapping, or ``levels`` no integer.
         ValueError: fewer than 2 or more than 65536 levels, an unknown kind, or entries that are not finite.
     """
-    _check(levels, kind)
+    levels = _check(levels, kind)
     check_states(signature=signature)
     check_tensors(signature, signature=signature)
-    broken = [name for name, x in signature.items() if not x.isfinite().all()]
-    if broken:
-        raise ValueError(f"signature: expected finite numbers, got others in {', '.join(broken)}")
+    check_finite("signature", signature)
     encoded = {name: _encode(upcast(x), levels, kind) for name, x in signature.items()}
     codes, ranges = ({name: pair[i] for name, pair in encoded.items()} for i in (0, 1))
     return Quantised(codes, ranges, levels, kind)
@@ -180,10 +180,12 @@ def _decode(codes: Tensor, ends: Tensor, levels: int, kind: str) -> Tensor:
     return torch.where(index == 0, 0, index.sign() * grid[index.abs() - 1]) if log else grid[index]
 
 
-def _check(levels: int, kind: str) -> None:
-    if not isinstance(levels, int) or isinstance(levels, bool):
+def _check(levels: int, kind: str) -> int:
+    levels = scalar(levels)
+    if not isinstance(levels, numbers.Integral) or isinstance(levels, bool):
         raise TypeError(f"levels: expected an integer, the number of levels, got {levels!r}")
     if not 2 <= levels <= MOST:
         raise ValueError(f"levels: expected 2 to {MOST}, got {levels}")
     if kind not in SCALES:
         raise ValueError(f"kind: expected one of {', '.join(SCALES)}, got {kind!r}")
+    return int(levels)

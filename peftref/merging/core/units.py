@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..._checks import integer
+from ..._wrapped import unwrapped
+from .aligned import check_names
 
 __all__ = ["first", "units"]
 
@@ -28,7 +30,8 @@ def units(model: nn.Module) -> list[list[str]]:
     A unit is a convolution with its bias and the normalisation that follows it, or a whole residual block, which is any
     submodule with two or more convolutions of its own and no linear layer. The head is never among them: no linear
     layer is, nor the last convolution of a network that has no linear layer. Where order of registration is not order
-    of execution, write the list yourself: all other functions take any names.
+    of execution, write the list yourself: all other functions take any names. The names are those of the module itself,
+    not of a wrapper such as ``torch.compile``.
 
     Raises:
         TypeError: no module.
@@ -36,6 +39,7 @@ def units(model: nn.Module) -> list[list[str]]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    model = unwrapped(model)
     modules = dict(model.named_modules())
     blocks = [name for name, m in modules.items() if name and _is_block(m)]
     found: dict[str, list[str]] = {}
@@ -65,7 +69,8 @@ def first(units: Sequence[Sequence[str]], k: int) -> list[str]:
     >>> first([["stem.weight", "stem.bias"], ["conv.weight"], ["last.weight"]], 2)
     ['stem.weight', 'stem.bias', 'conv.weight']
     """
-    integer("k", k, 0)
+    k = integer("k", k, 0)
+    units = [check_names(unit, "units") for unit in units]
     return [name for unit in units[:k] for name in unit]
 
 
