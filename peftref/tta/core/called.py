@@ -33,9 +33,7 @@ def check_called(model: nn.Module, x: Tensor) -> None:
     bypassed = [name for name, m in layers.items() if m not in seen]
     if seen and not any(_matters(model, layers[name], x, out) for name in bypassed):
         return
-    raise ValueError(
-        f"model: expected BatchNorm layers that its forward calls, got {bypassed[:3]}, which it does not call"
-    )
+    raise ValueError(f"model: expected BatchNorm layers that its forward calls, got {bypassed[:3]}, which it bypasses")
 
 
 def _matters(model: nn.Module, layer: Any, x: Tensor, out: Any) -> bool:

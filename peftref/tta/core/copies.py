@@ -33,10 +33,10 @@ def own_copy(model: nn.Module) -> nn.Module:
     inner = unwrapped(model)
     ours = set(map(id, inner.modules()))
     for name, module in inner.named_modules():
-        if _captures(module.__dict__.get("forward"), ours):
+        if unwrapped(module) is module and _captures(module.__dict__.get("forward"), ours):
             raise ValueError(
-                f"model: expected modules whose copies run themselves, got {name or 'one'} with a forward that is bound "
-                "to the original; compile by torch.compile(model) or model.compile()"
+                "model: expected modules whose copies run themselves, got one with a forward bound to the original, "
+                f"{name!r}; compile by torch.compile(model) or model.compile()"
             )
     copied = copy.deepcopy(inner)
     for module in list(copied.modules()):
