@@ -47,6 +47,7 @@ torch.Size([5, 3])
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 
@@ -221,8 +222,8 @@ class CoTTA(Learning):
         # eq-cotta-target; BatchNorm needs the statistics of each view by itself, hence one pass a view
         if self.may_view and confidence(self.logits(self.source, x)) < self.threshold:
             view = self.views.unchecked if type(self.views) is RandomViews else self.views  # forward has checked x
-            mean: Tensor = sum(self.logits(self.teacher, view(x)) for _ in range(self.n_views)) / self.n_views
-            return mean
+            answers = (self.logits(self.teacher, view(x)) for _ in range(self.n_views))
+            return functools.reduce(torch.add, answers) / self.n_views
         return self.logits(self.teacher, x)
 
     @property
