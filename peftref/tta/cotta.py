@@ -221,7 +221,7 @@ class CoTTA(Learning):
         """The averaged logits that the student learns and the user gets, ``(B, K)``."""
         # eq-cotta-target; BatchNorm needs the statistics of each view by itself, hence one pass a view
         if self.may_view and confidence(self.logits(self.source, x)) < self.threshold:
-            view = self.views.unchecked if type(self.views) is RandomViews else self.views  # forward has checked x
+            view = self.views._unchecked if type(self.views) is RandomViews else self.views  # forward has checked x
             answers = (self.logits(self.teacher, view(x)) for _ in range(self.n_views))
             return functools.reduce(torch.add, answers) / self.n_views
         return self.logits(self.teacher, x)

@@ -155,9 +155,9 @@ class RandomViews:
 
     def __call__(self, x: Tensor) -> Tensor:
         self.check(x)
-        return self.unchecked(x)
+        return self._unchecked(x)
 
-    def unchecked(self, x: Tensor) -> Tensor:
+    def _unchecked(self, x: Tensor) -> Tensor:
         """A view of a batch that :meth:`check` has seen: a look at its values would stall an accelerator each time."""
         return _viewed(x, draw_view((x.shape[-2], x.shape[-1]), self.generator, self.flip))
 
