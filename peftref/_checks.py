@@ -109,6 +109,31 @@ def finite(name: str, value: Tensor) -> Tensor:
     return value
 
 
+def class_scores(name: str, value: Any, n: int | None = None) -> Tensor:
+    """Logits ``(N, K)``, of ``n`` samples if given: no dense ones, no tuple, no output object.
+
+    Raises:
+        TypeError: no floating-point tensor.
+        ValueError: another shape.
+
+    >>> class_scores("model", (torch.zeros(2, 3), None))
+    Traceback (most recent call last):
+    TypeError: model: expected logits (N, K), got tuple
+    >>> class_scores("logits", torch.zeros(2, 5, 6, 7))
+    Traceback (most recent call last):
+    ValueError: logits: expected logits (N, K), got torch.float32 (2, 5, 6, 7)
+    """
+    if not isinstance(value, Tensor):
+        hint = "; wrap the model so that it returns their .logits" if hasattr(value, "logits") else ""
+        raise TypeError(f"{name}: expected logits (N, K), got {type(value).__name__}{hint}")
+    got = f"{value.dtype} {tuple(value.shape)}"
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected logits (N, K), got {got}")
+    if value.ndim != 2 or n not in (None, len(value)):
+        raise ValueError(f"{name}: expected logits ({'N' if n is None else n}, K), got {got}")
+    return value
+
+
 def upcast(dtype: torch.dtype) -> torch.dtype:
     """The type to compute in: float32, or ``dtype`` itself if that is wider.
 

@@ -137,3 +137,87 @@ def test_predict_best_rate_accuracy() -> None:
     for call in (lambda: best_rate([], len), lambda: accuracy(torch.zeros(0, 2), torch.zeros(0))):
         with pytest.raises(ValueError, match="expected"):
             call()
+
+
+class Normed(nn.Module):
+    """A network of images with BatchNorm, whose output may be changed on its way out."""
+
+    def __init__(self, change=lambda z: z) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+        self.change = change
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.change(self.body(x))
+
+
+def pictures(n: int) -> Split:
+    return Split(torch.rand(n, 1, 6, 6, generator=torch.Generator().manual_seed(0)), torch.arange(n) % 3)
+
+
+@pytest.mark.parametrize(("n", "size", "sizes"), [(9, 4, [4, 5]), (10, 4, [4, 4, 2]), (1, 4, [1]), (3, 1, [1, 1, 1])])
+def test_a_last_sample_alone_joins_the_batch_before(n: int, size: int, sizes: list[int]) -> None:
+    data = pictures(n)
+    seen = [b.y for b in batches(data, size, epochs=2, generator=torch.Generator().manual_seed(0))]
+    assert [len(y) for y in seen] == sizes * 2
+    assert torch.cat(seen).bincount().tolist() == (2 * data.y.bincount()).tolist()
+    inside: list[int] = []
+    predict(Normed(lambda z: inside.append(len(z)) or z).eval(), data.x, size)
+    assert inside == sizes
+
+
+def test_fit_with_one_image_left_over_trains_on_all() -> None:
+    data = pictures(9)
+    seen: list[int] = []
+    model = fit(Normed(lambda z: seen.append(len(z)) or z), *data, epochs=2, batch_size=4)
+    assert seen == [4, 5, 4, 5] and not model.training
+
+
+@pytest.mark.parametrize("run", ["fit, one image", "fit, batches of one", "train"])
+def test_batches_of_one_are_refused_before_anything_moves(run: str) -> None:
+    model = Normed().eval()
+    model.body[2].train()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="batch_size: expected at least 2 samples a batch, for BatchNorm, got 1"):
+        if run == "train":
+            train(model, *pictures(5), lr=0.1, steps=2, batch_size=1)
+        else:
+            fit(model, *pictures(1 if "image" in run else 3), batch_size=1 if "batches" in run else 4)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert [m.training for m in (model, *model.body)] == [False, False, False, True, False]
+    fit(nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), *pictures(3), epochs=1, batch_size=1)  # no BatchNorm, no matter
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda z: (z, None), lambda z: {"logits": z}, lambda z: torch.stack([z, z], -1), lambda z: z[:, 0]],
+)
+def test_other_than_logits_is_refused_before_anything_moves(change) -> None:
+    model = Normed(change).eval()
+    before = copy.deepcopy(model.state_dict())
+    for run in (
+        lambda: fit(model, *pictures(6)),
+        lambda: train(model, *pictures(6), lr=0.1, steps=2, batch_size=4),
+        lambda: predict(model, pictures(6).x),
+    ):
+        with pytest.raises((TypeError, ValueError), match=r"model: expected logits \((\d|N), K\), got"):
+            run()
+        torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+        assert not model.training
+    with pytest.raises(ValueError, match="logits, y: expected"):
+        accuracy(torch.zeros(3, 3, 3), torch.zeros(3, 3).long())
+
+
+def test_prediction_within_an_autocast_region_takes_no_gradient_from_training() -> None:
+    x = torch.randn(32, 3, generator=torch.Generator().manual_seed(0))
+    found = []
+    for look in (False, True):
+        model = net()
+        with torch.autocast("cpu", torch.bfloat16):
+            if look:
+                predict(model, x)
+            minimise(lambda inside=model: inside(x).float().square().mean(), model.parameters(), lr=0.1, steps=3)
+        found.append(model.weight.detach())
+    assert torch.equal(*found) and not torch.equal(found[0], net().weight)

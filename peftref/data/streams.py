@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._batching import batch_sizes
 from . import corruptions
 from .domains import Domain, domain_name, domain_names, generator_for, shift
 from .orders import Order, as_stored, shuffled
@@ -84,7 +85,8 @@ class Batch(NamedTuple):
 class Stream:
     """A fixed sequence of batches; iterate over it as often as needed.
 
-    No batch crosses a segment, so the last batch of a segment may be small. ``len()`` counts batches.
+    No batch crosses a segment, so the last batch of a segment may be small; one image alone joins the batch before it,
+    since BatchNorm has no statistics of one. ``len()`` counts batches.
 
     Attributes:
         x: all images in order of arrival, ``(N, C, H, W)``.
@@ -93,7 +95,7 @@ class Stream:
         severity: 1 to 5, or 0 for domains without severities, ``(N,)``.
         segment: number of their segment, never decreasing, ``(N,)``.
         names: name of every domain.
-        batch_size: largest batch.
+        batch_size: of each batch but perhaps the last of a segment.
     """
 
     x: Tensor
@@ -121,8 +123,9 @@ class Stream:
 
     def __repr__(self) -> str:
         segments = len(self.segment.unique_consecutive())
+        largest = max(self.batch_size, *self._sizes())
         return (
-            f"Stream({len(self.y)} images, {segments} segments, {len(self)} batches of at most {self.batch_size}, "
+            f"Stream({len(self.y)} images, {segments} segments, {len(self)} batches of at most {largest}, "
             f"domains {' '.join(self.names)})"
         )
 
@@ -146,11 +149,8 @@ class Stream:
         return digest.hexdigest()
 
     def _sizes(self) -> list[int]:
-        full = self.batch_size
-        sizes = []
-        for n in self.segment.unique_consecutive(return_counts=True)[1].tolist():
-            sizes += [full] * (n // full) + [n % full] * (n % full > 0)
-        return sizes
+        counts = self.segment.unique_consecutive(return_counts=True)[1].tolist()
+        return [size for n in counts for size in batch_sizes(n, self.batch_size)]
 
 
 # Builders: which domains, in which segments.
@@ -178,7 +178,7 @@ def continual(
             for the published random orders ``ORDERS[i]``. Default: the 15 in their standard order.
         severity: 1 to 5 (5: CoTTA).
         order: images of a segment; default :func:`~peftref.data.orders.as_stored`, as in CIFAR-C.
-        batch_size: 200 (CoTTA, CIFAR; ImageNet uses 64, LAME 16).
+        batch_size: 200 (CoTTA, CIFAR; ImageNet uses 64, LAME 16); a last image alone joins the batch before it.
         cycles: 1; CoTTA's long run repeats the sequence 10 times.
         seed: of the corruptions and the order.
         table: severity constants, ``"cifar"`` (28 to 64 pixels) or ``"imagenet"`` (224 pixels).

@@ -12,6 +12,7 @@ torch.Size([2, 64])
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,15 @@ class Normalised(nn.Module):
 
     Methods and corruptions of this package all work on [0, 1] images, so a backbone carries its own mean and standard
     deviation; a wrong pair is the commonest cause of numbers that do not reproduce.
+
+    Args:
+        model: speaks timm's protocol; its own ``forward`` is used, with all hooks.
+        mean: of each channel, or one for all.
+        std: of each channel, or one for all, above 0.
+
+    Raises:
+        ValueError: other numbers of means and deviations, or a deviation that is not positive.
+        TypeError: in use, for integer images, whose values are not in [0, 1].
     """
 
     mean: Tensor
@@ -107,12 +117,14 @@ class Normalised(nn.Module):
 
     def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
+        if not 0 < len(mean) == len(std) or not min(std) > 0:
+            raise ValueError(f"mean, std: expected one of each for each channel, std > 0, got {mean} and {std}")
         self.model: Any = model  # speaks timm's protocol, of which nn.Module says nothing
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        h: Tensor = self.model.forward_features((x - self.mean) / self.std)
+        h: Tensor = self.model.forward_features(self._normalised(x))
         return h
 
     def forward_head(self, h: Tensor, pre_logits: bool = False) -> Tensor:
@@ -120,7 +132,13 @@ class Normalised(nn.Module):
         return h
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+        logits: Tensor = self.model(self._normalised(x))
+        return logits
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            raise TypeError(f"x: expected float images in [0, 1], got {x.dtype}; x.float() / 255 makes them of 8 bits")
+        return (x - self.mean) / self.std
 
 
 def pretrained(name: str, seed: int = 0) -> SmallCNN:
@@ -152,7 +170,9 @@ def from_timm(name: str, pretrained: bool = False, checkpoint: str | Path | None
         name: full timm tag, architecture and weights (``"vit_base_patch16_224.augreg2_in21k_ft_in1k"``).
         pretrained: let timm download the weights.
         checkpoint: or load them from this file.
-        kwargs: passed on to ``timm.create_model``.
+        kwargs: passed on to ``timm.create_model``. With ``in_chans`` other than the weights' three channels, the mean
+            and standard deviation are averaged for one channel and repeated in turn for more (RGBR), as timm does with
+            the filters of the first layer.
     """
     try:
         import timm
@@ -160,4 +180,13 @@ def from_timm(name: str, pretrained: bool = False, checkpoint: str | Path | None
         raise ImportError("from_timm needs timm: pip install 'peftref[vision]'") from error
     model = timm.create_model(name, pretrained=pretrained, checkpoint_path=str(checkpoint or ""), **kwargs)
     config = timm.data.resolve_data_config({}, model=model)
-    return Normalised(model, config["mean"], config["std"]).eval()
+    channels = kwargs.get("in_chans") or config["input_size"][0]
+    mean = _per_channel(config["mean"], channels)
+    std = _per_channel(config["std"], channels)
+    return Normalised(model, mean, std).eval()
+
+
+def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    if channels == 1:
+        return (sum(values) / len(values),)
+    return tuple(values[i % len(values)] for i in range(channels))

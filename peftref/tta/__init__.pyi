@@ -4,6 +4,7 @@ from .baselines.bn_adapt import BNAdapt as BNAdapt
 from .baselines.tent import Tent as Tent
 from .baselines.tent import entropy as entropy
 from .core.adapted import Adapted as Adapted
+from .core.adapted import Learning as Learning
 from .core.adapted import OptimizerFactory as OptimizerFactory
 from .core.adapted import adapting as adapting
 from .core.adapted import batch_norms as batch_norms
@@ -11,8 +12,12 @@ from .core.adapted import freeze as freeze
 from .core.adapted import gradient_step as gradient_step
 from .core.adapted import norm_affine as norm_affine
 from .core.adapted import use_batch_statistics as use_batch_statistics
+from .core.called import check_called as check_called
+from .core.copies import own_copy as own_copy
 from .core.graphs import Neighbours as Neighbours
 from .core.graphs import affinity as affinity
+from .core.taps import has_head as has_head
+from .core.taps import tapped as tapped
 from .core.views import RandomViews as RandomViews
 from .core.views import View as View
 from .core.views import apply_view as apply_view
@@ -44,6 +49,7 @@ __all__ = [
     "BNAdapt",
     "CoTTA",
     "LAME",
+    "Learning",
     "Neighbours",
     "OptimizerFactory",
     "RandomViews",
@@ -54,6 +60,7 @@ __all__ = [
     "affinity",
     "apply_view",
     "batch_norms",
+    "check_called",
     "confidence",
     "consistency_loss",
     "draw_view",
@@ -64,16 +71,19 @@ __all__ = [
     "error_by_domain",
     "freeze",
     "gradient_step",
+    "has_head",
     "laplacian_assign",
     "mean_error",
     "mean_recall",
     "norm_affine",
+    "own_copy",
     "restoration_mask",
     "restore",
     "run",
     "run_seeds",
     "running_error",
     "summary",
+    "tapped",
     "use_batch_statistics",
     "vote_update",
 ]

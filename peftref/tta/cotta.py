@@ -47,15 +47,16 @@ torch.Size([5, 3])
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .._checks import at_least_float32, integer, number
+from .._checks import at_least_float32, class_scores, integer, number
 from .core.adapted import (
-    Adapted,
+    Learning,
     OptimizerFactory,
     adapting,
     batch_norms,
@@ -69,7 +70,7 @@ __all__ = ["CoTTA", "confidence", "consistency_loss", "ema", "restoration_mask",
 
 def confidence(logits: Tensor) -> Tensor:
     """Mean over the batch of the largest class probability, c = 1/B sum_i max_k p_ik: ``(B, K) -> ()``."""
-    return at_least_float32(logits).softmax(-1).amax(-1).mean()
+    return at_least_float32(class_scores("logits", logits)).softmax(-1).amax(-1).mean()
 
 
 def consistency_loss(student: Tensor, target: Tensor, symmetric: bool = False) -> Tensor:
@@ -81,8 +82,8 @@ def consistency_loss(student: Tensor, target: Tensor, symmetric: bool = False) -
         symmetric: average with the reverse cross-entropy (published ImageNet code). At agreement the plain form has no
             gradient, the symmetric one half the gradient of the entropy.
     """
-    log_p = at_least_float32(student).log_softmax(-1)
-    log_q = at_least_float32(target.detach()).log_softmax(-1)
+    log_p = at_least_float32(class_scores("student", student)).log_softmax(-1)
+    log_q = at_least_float32(class_scores("target", target, len(student)).detach()).log_softmax(-1)
     # eq-cotta-loss:  -1/B sum_ik q_ik log p_ik
     loss = -(log_q.exp() * log_p).sum(-1).mean()
     if symmetric:
@@ -133,13 +134,14 @@ def restore(
     return list(torch._foreach_lerp(list(params), _like(source, params), restoration_mask(params, p, generator)))
 
 
-class CoTTA(Adapted):
+class CoTTA(Learning):
     """Learns from an averaged teacher, theta' <- m theta' + (1 - m) theta, and restores weights with probability r.
 
     ``forward(x)`` returns the TEACHER's logits of ``x``, then adapts; ``reset()`` restores the source exactly.
     Defaults are the published CIFAR-10-C configuration. ImageNet-C: ``lr=0.01``, ``restore_p=0.001``,
     ``threshold=0.1``, ``symmetric=True``, SGD with Nesterov momentum 0.9, batches of 64. To adapt to each batch alone
-    ("episodic"), call ``reset()`` before it.
+    ("episodic"), call ``reset()`` before it. After ``.to(torch.bfloat16)`` or ``half()`` the student is narrow; teacher
+    and anchor keep their precision.
 
     Args:
         model: any classifier; copied, never changed.
@@ -151,7 +153,8 @@ class CoTTA(Adapted):
         n_views: N, number of augmented passes; 32. With 0 the plain teacher is always used.
         symmetric: symmetric loss, see :func:`consistency_loss`.
         steps: repetitions of the whole update on each batch; 1.
-        views: callable giving one random view of a batch; default :class:`~peftref.tta.core.views.RandomViews`.
+        views: callable giving one random view of a batch; default :class:`~peftref.tta.core.views.RandomViews`. A
+            ``check`` that it has is asked before anything changes; the state of a ``generator`` that it has is saved.
         optimizer: called as ``optimizer(parameters, lr=lr)``.
         seed: of the restoration masks and the default views.
 
@@ -159,8 +162,12 @@ class CoTTA(Adapted):
         ``x``: ``(B, C, H, W)`` in [0, 1], B >= 2 where the model has BatchNorm; returns ``(B, K)``.
 
     Raises:
-        ValueError: a number outside its range; a batch of one.
+        TypeError: a model that returns no tensor.
+        ValueError: a number outside its range; a batch of one; images outside [0, 1], unless there are own views; a
+            model that returns other than logits ``(B, K)``.
     """
+
+    wide = ("source", "teacher")  # in half precision 1 - m would be nothing
 
     def __init__(
         self,
@@ -178,22 +185,18 @@ class CoTTA(Adapted):
         seed: int = 0,
     ) -> None:
         super().__init__(model)
-        self.lr = number("lr", lr, 0)
-        self.momentum = number("momentum", momentum, 0, 1)
-        self.restore_p = number("restore_p", restore_p, 0, 1)
-        self.n_views = integer("n_views", n_views, 0)
-        self.steps = integer("steps", steps, 1)
         if math.isnan(threshold):
             raise ValueError("threshold: expected a number, got nan")
         if next(model.parameters(), None) is None:
             raise ValueError("model: expected at least one parameter to adapt, got none")
-        self.lr = lr
-        self.momentum = momentum
-        self.restore_p = restore_p
+        self.lr = number("lr", lr, 0)
+        self.momentum = number("momentum", momentum, 0, 1)
+        self.restore_p = number("restore_p", restore_p, 0, 1)
         self.threshold = threshold
-        self.n_views = n_views
+        self.n_views = integer("n_views", n_views, 0)
         self.symmetric = symmetric
-        self.steps = steps
+        self.steps = integer("steps", steps, 1)
+        self.smallest = 2 if batch_norms(self.source) else 1
         self.views = RandomViews(seed) if views is None else views
         self.optimizer_factory = optimizer
         self.seed = seed
@@ -217,15 +220,22 @@ class CoTTA(Adapted):
     def target(self, x: Tensor) -> Tensor:
         """The averaged logits that the student learns and the user gets, ``(B, K)``."""
         # eq-cotta-target; BatchNorm needs the statistics of each view by itself, hence one pass a view
-        if self.n_views and self.threshold > 0 and confidence(self.source(x)) < self.threshold:
-            mean: Tensor = sum(self.teacher(self.views(x)) for _ in range(self.n_views)) / self.n_views
-            return mean
-        logits: Tensor = self.teacher(x)
-        return logits
+        if self.may_view and confidence(self.logits(self.source, x)) < self.threshold:
+            view = self.views._unchecked if type(self.views) is RandomViews else self.views  # forward has checked x
+            answers = (self.logits(self.teacher, view(x)) for _ in range(self.n_views))
+            return functools.reduce(torch.add, answers) / self.n_views
+        return self.logits(self.teacher, x)
+
+    @property
+    def may_view(self) -> bool:
+        """Whether there are batches whose views are averaged."""
+        return self.n_views > 0 and self.threshold > 0
 
     @adapting
     def forward(self, x: Tensor) -> Tensor:
-        self.check(x, smallest=2 if batch_norms(self.student) else 1)
+        self.check(x)
+        if self.may_view and hasattr(self.views, "check"):
+            self.views.check(x)
         if len(x) == 0:
             return self.empty(self.student, x)
         for _ in range(self.steps):
@@ -236,7 +246,7 @@ class CoTTA(Adapted):
         with torch.inference_mode():
             target = self.target(_as(x, self.teacher))
         target = target.clone()  # a normal tensor again, which autograd may keep
-        loss = consistency_loss(self.student(x), target.to(x.dtype), self.symmetric)
+        loss = consistency_loss(self.logits(self.student, x), target.to(x.dtype), self.symmetric)
         if gradient_step(loss, self.optimizer):
             self.average_and_restore()
         return target.to(x.dtype)
@@ -251,6 +261,11 @@ class CoTTA(Adapted):
         if self.restore_p:  # eq-cotta-restore in place
             mask = restoration_mask(student, self.restore_p, self.generator)
             torch._foreach_lerp_(student, _like(self.source.parameters(), student), mask)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CoTTA:
+        super()._apply(fn, recurse)
+        self.dtypes = [t.dtype for t in _tensors(self.student)]
+        return self
 
 
 def _like(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> list[Tensor]:

@@ -45,14 +45,16 @@ tensor([0.4000, 0.6000])
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .._checks import at_least_float32, integer, number
+from .._wrapped import plain_name
 from .core.adapted import Adapted
 from .core.graphs import Neighbours, affinity, check_graph, check_matrix, votes
+from .core.taps import has_head, tapped
 
 __all__ = ["Assignment", "LAME", "energy", "laplacian_assign", "vote_update"]
 
@@ -166,10 +168,12 @@ class LAME(Adapted):
         symmetric: make W symmetric (official option, off).
         max_iterations: at most this many updates (100: official code).
         head: name of the final layer, whose input are the features (``"fc"`` in torchvision's ResNets). Not needed for
-            a model that has timm's ``forward_features`` and ``forward_head``.
+            a model whose ``forward`` calls timm's ``forward_head``.
 
     Raises:
-        ValueError: bad settings, no such layer, or neither ``head`` nor timm's methods.
+        TypeError: a model that returns no tensor.
+        ValueError: bad settings, no such layer, or neither ``head`` nor timm's methods; in use, a head that the model's
+            ``forward`` does not call, or a model that returns other than logits ``(N, K)``.
 
     Shape:
         ``x``: ``(N, ...)``; returns ``(N, K)``, in float32 for a half-precision model.
@@ -188,15 +192,15 @@ class LAME(Adapted):
     ) -> None:
         super().__init__(model)
         check_graph(kind, k)
-        timm_like = hasattr(model, "forward_features") and hasattr(model, "forward_head")
-        if not (timm_like if head is None else head in dict(model.named_modules())):
+        self.head = plain_name(model, head) if isinstance(head, str) else head
+        layers = dict(self.source.named_modules())
+        if not (has_head(self.source) if self.head is None else self.head in layers):
             raise ValueError(f"head: expected a layer of the model, as it lacks forward_features/_head; got {head!r}")
         self.kind = kind
         self.k = k
         self.strength = number("strength", strength, 0)
         self.symmetric = symmetric
         self.max_iterations = integer("max_iterations", max_iterations, 1)
-        self.head = head
 
     def reset(self) -> None:
         """Nothing to undo: no batch leaves a trace."""
@@ -206,24 +210,14 @@ class LAME(Adapted):
         self.check(x)
         if len(x) == 0:
             return self.empty(self.source, x)
-        logits, features = self._predict(x)
+        with tapped(self.source, self.head) as features_of:
+            logits = self.logits(self.source, x)
+        features = features_of(len(x))
         log_q = at_least_float32(logits).log_softmax(-1)
         # A broken image must neither vote nor receive votes: affinity() leaves rows with a NaN unlinked.
         features = features.flatten(1).masked_fill(log_q.isnan().any(-1, keepdim=True), math.nan)
         w = affinity(features, self.kind, self.k, symmetric=self.symmetric)
         return laplacian_assign(log_q, w, self.strength, max_iterations=self.max_iterations).log_z
-
-    def _predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.head is None:
-            timm: Any = self.source  # it has methods of which nn.Module says nothing
-            h = timm.forward_features(x)
-            return timm.forward_head(h), timm.forward_head(h, pre_logits=True)
-        seen: list[Tensor] = []
-        hook = self.source.get_submodule(self.head).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        try:
-            return self.source(x), seen[-1]
-        finally:
-            hook.remove()
 
 
 class _Monitor:

@@ -334,3 +334,18 @@ def test_orders_work_inside_every_segment(data: Split, order: o.Order) -> None:
     else:
         assert not (len(first.y) == len(second.y) and first.y.equal(second.y))  # drawn anew in every segment
     assert first.y.unique().numel() > 1
+
+
+@pytest.mark.parametrize(
+    ("n", "size", "sizes"), [(41, 40, [41]), (81, 40, [40, 41]), (42, 40, [40, 2]), (3, 1, [1] * 3)]
+)
+def test_a_last_image_alone_joins_the_batch_before(n, size, sizes):
+    """For every builder: BatchNorm has no statistics of one image, and would say so at the end of a segment."""
+    data = Split(torch.rand(n, 1, 8, 8, generator=gen()), torch.arange(n) % 3)
+    whole = mixed(data, ["clean"], batch_size=size)
+    for stream in (continual(data, ["clean", "contrast"], batch_size=size), gradual(data, ["fog"], batch_size=size)):
+        parts = list(stream.segments())
+        assert all([len(batch.y) for batch in part] == sizes for part in parts)
+        assert len(stream) == len(parts) * len(sizes) and torch.equal(torch.cat([b.x for b in stream]), stream.x)
+    assert [len(batch.y) for batch in whole] == sizes
+    assert f"batches of at most {max(*sizes, size)}, " in repr(whole)

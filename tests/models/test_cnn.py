@@ -216,3 +216,33 @@ def test_normalised_moves_with_the_model():
     x = images(2).double()
     assert net(x).dtype == torch.double and {"mean", "std"} <= set(net.state_dict())
     assert_close(net(x), net.model((x - net.mean) / net.std))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 6])
+def test_from_timm_normalises_as_many_channels_as_the_model_has(channels):
+    """Averages for grey images, repeated in turn for more: as timm's filters of the first layer."""
+    net = from_timm("resnet10t", in_chans=channels)
+    mean, std = (torch.tensor(timm.data.resolve_data_config({}, model=net.model)[k]) for k in ("mean", "std"))
+    turn = torch.arange(channels) % 3
+    expected = (mean.mean()[None], std.mean()[None]) if channels == 1 else (mean[turn], std[turn])
+    torch.testing.assert_close((net.mean.flatten(), net.std.flatten()), expected)
+    x = torch.rand(2, channels, 32, 32, generator=torch.Generator().manual_seed(0))
+    mean, std = (t.view(1, -1, 1, 1) for t in expected)
+    torch.testing.assert_close(net(x), net.model((x - mean) / std))
+
+
+def test_normalised_uses_the_forward_and_the_hooks_of_its_model():
+    net = SmallCNN(width=4).eval()
+    net.register_forward_hook(lambda _m, _i, out: out / 2)
+    x = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(Normalised(net, (0.5,), (0.2,))(x), net((x - 0.5) / 0.2), rtol=0, atol=1e-6)
+
+
+def test_normalised_refuses_what_is_no_image_in_the_range():
+    net = Normalised(SmallCNN(3, width=4), (0.5,) * 3, (0.2,) * 3)
+    for call in (net, net.forward_features):
+        with pytest.raises(TypeError, match="x: expected float images in .* got torch.uint8"):
+            call(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    for mean, std in (((0.5,) * 3, (0.2,)), ((), ()), ((0.5,), (0.0,))):
+        with pytest.raises(ValueError, match="mean, std: expected"):
+            Normalised(SmallCNN(), mean, std)

@@ -64,10 +64,11 @@ CALLS: dict[str, Callable[[], Call]] = {
         dict(log_q=t(8, 4).log_softmax(1), affinity=tta.affinity(t(8, 5), k=2), z=t(8, 4).softmax(1), strength=1.0),
     ),
     "Tent": lambda: (tta.Tent, dict(model=normed(), lr=0.001)),
-    "Tent.forward": lambda: (tta.Tent(normed()), dict(x=t(8, 6))),
+    "Tent.forward": lambda: (tta.Tent(normed(), optimizer=torch.optim.SGD), dict(x=t(8, 6))),
     "entropy": lambda: (tta.entropy, dict(logits=t(8, 4))),
     "RandomViews": lambda: (tta.RandomViews, dict(seed=0)),
     "RandomViews.__call__": lambda: (tta.RandomViews(0), dict(x=pictures())),
+    "RandomViews.check": lambda: (tta.RandomViews(0).check, dict(x=pictures())),
     "apply_view": lambda: (tta.apply_view, dict(x=pictures(), view=tta.View(brightness=1.1, angle=3.0))),
     "draw_view": lambda: (tta.draw_view, dict(size=(16, 16), generator=gen())),
 }
@@ -98,11 +99,16 @@ NAMELESS = {
     name: "called by a method alone, with the model that it checked"
     for name in (
         "Adapted",
+        "Learning",
         "adapting",
         "batch_norms",
+        "check_called",
         "freeze",
         "gradient_step",
+        "has_head",
         "norm_affine",
+        "own_copy",
+        "tapped",
         "use_batch_statistics",
     )
 }

@@ -715,6 +715,6 @@ def test_bad_models_and_inputs_are_refused():
             method(x)
     with pytest.raises(ValueError, match="x: expected a batch"):
         method(torch.zeros(3))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="x: expected images"):
         method(images().repeat(1, 2, 1, 1))  # two channels
     assert equal(state(method), before)

@@ -26,7 +26,7 @@ from peftref.tta.experiments.evaluate import (
     summary,
 )
 
-# Three segments (6, 2 and 4 images) of two domains, batches of at most 3; a 1 marks an answer that will be wrong.
+# Three segments (6, 2 and 4 images) of two domains, in batches of 3, the last of 4; a 1 marks a wrong answer to come.
 DOMAIN = [0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0]
 SEGMENT = [0, 0, 0, 0, 0, 0, 1, 1, 2, 2, 2, 2]
 WRONG = [1, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 1]
@@ -63,11 +63,11 @@ def result() -> Run:
 
 def test_rows_by_hand():
     rows = result().batches
-    assert rows.segment.tolist() == [0, 0, 1, 2, 2]  # no batch crosses a segment
-    assert rows.domain.tolist() == ["fog", "fog", "clean", "fog", "fog"]
-    assert rows.severity.tolist() == [5, 5, 0, 5, 5]
-    assert rows.n.tolist() == [3, 3, 2, 3, 1]
-    assert rows.wrong.tolist() == [1, 0, 2, 1, 1]
+    assert rows.segment.tolist() == [0, 0, 1, 2]  # no batch crosses a segment
+    assert rows.domain.tolist() == ["fog", "fog", "clean", "fog"]
+    assert rows.severity.tolist() == [5, 5, 0, 5]
+    assert rows.n.tolist() == [3, 3, 2, 4]
+    assert rows.wrong.tolist() == [1, 0, 2, 2]
     assert (rows.seconds > 0).all()
 
 
@@ -81,8 +81,8 @@ def test_predictions_are_in_stream_order():
 @pytest.mark.parametrize(
     ("reset", "diary"),
     [
-        ("first", ["reset", 3, 3, 2, 3, 1]),
-        ("segment", ["reset", 3, 3, "reset", 2, "reset", 3, 1]),
+        ("first", ["reset", 3, 3, 2, 4]),
+        ("segment", ["reset", 3, 3, "reset", 2, "reset", 4]),
     ],
 )
 def test_resets(reset, diary):
@@ -167,7 +167,7 @@ def test_domains_mixed_within_a_batch():
 
 
 def test_running_error_by_hand():
-    np.testing.assert_allclose(running_error(result(), 2), [100 / 3, 100 / 6, 100 * 2 / 5, 100 * 3 / 5, 100 * 2 / 4])
+    np.testing.assert_allclose(running_error(result(), 2), [100 / 3, 100 / 6, 100 * 2 / 5, 100 * 4 / 6])
     np.testing.assert_allclose(running_error(result(), 1), result().batches.eval("100 * wrong / n"))
     assert running_error(result())[-1] == pytest.approx(100 * 5 / 12)
 
@@ -186,7 +186,7 @@ def test_mean_recall_by_hand():
 
 def test_observe_adds_columns():
     r = run(Says(), stream(), observe=lambda m: {"batches": float(sum(isinstance(e, int) for e in m.diary))})
-    assert r.batches.batches.tolist() == [1, 2, 3, 4, 5]
+    assert r.batches.batches.tolist() == [1, 2, 3, 4]
 
 
 def test_drift_is_the_distance_of_all_parameters():
@@ -217,3 +217,25 @@ def test_unknown_reset_is_refused_before_anything_runs():
     with pytest.raises(ValueError, match="reset: expected 'first' or 'segment', got 'never'"):
         run(method, stream(), reset="never")
     assert method.diary == []
+
+
+def test_a_batch_too_small_for_the_method_is_refused_before_anything_runs():
+    """A segment of one image has no batch to join: all results before it would be lost."""
+    data = stream(segment=[0] * 11 + [1])
+    method = Says()
+    method.smallest = 2
+    with pytest.raises(ValueError, match="stream: expected batches of at least 2 samples.* got one of 1"):
+        run(method, data)
+    assert method.diary == []
+    net = nn.Sequential(nn.Flatten(), nn.Linear(1, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    for method in (Tent(net), CoTTA(net, n_views=0)):
+        with pytest.raises(ValueError, match="stream: expected batches of at least 2"):
+            run(method, data)
+        assert len(run(method, stream()).predictions) == 12
+
+
+def test_other_than_logits_is_refused():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(1, 3))
+    net.register_forward_hook(lambda *_: (torch.zeros(3, 3), None))
+    with pytest.raises(TypeError, match=r"method: expected logits \(N, K\), got tuple"):
+        run(net, stream())

@@ -658,3 +658,31 @@ def test_torchvision_model_by_the_name_of_its_head():
     with torch.no_grad():
         expected = laplacian_assign(net(x).log_softmax(-1), affinity(headless(x), k=2)).log_z
     assert_close(LAME(net, k=2, head="fc")(x), expected)
+
+
+# --- features that are almost the same --------------------------------------------------------------------------------
+@pytest.mark.parametrize("films", [1, 2, 4])
+@pytest.mark.parametrize("gap", [1e-4, 1e-6, 1e-8])
+def test_frames_of_a_film_have_the_neighbours_of_float64(films, gap):
+    """Cosines of 1 - gap: in |a|^2 + |b|^2 - 2 a.b nothing of the distance would be left in float32."""
+    g = torch.Generator().manual_seed(0)
+    films_of = torch.randn(films, 256, generator=g).repeat_interleave(48 // films, 0)
+    features = 10 * (films_of + math.sqrt(gap) * torch.randn(48, 256, generator=g))
+    unit = nn.functional.normalize(features.double(), dim=-1)
+    distance = (unit[:, None] - unit).square().sum(-1).sqrt()
+    sigma = distance.topk(5, largest=False).values[:, -1].mean()
+    expected = (-(distance**2) / (2 * sigma**2)).exp().float()
+    assert_close(affinity(features, "rbf"), expected, rtol=0, atol=1e-6)
+    near = distance.fill_diagonal_(math.inf).topk(5, largest=False).indices.sort(-1).values
+    assert torch.equal(affinity(features).index.sort(-1).values, near)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_a_common_offset_of_the_features_is_no_neighbour(normalise):
+    """Not normalised, distances do not know it; normalised, they are those on the sphere, offset and all."""
+    features, _ = problem(20, 6)
+    moved = features + 1e4
+    unit = nn.functional.normalize(moved, dim=-1) if normalise else features
+    distance = torch.cdist(unit, unit, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(math.inf)
+    expected = distance.topk(3, largest=False).indices.sort(-1).values
+    assert torch.equal(affinity(moved, k=3, normalise=normalise).index.sort(-1).values, expected)

@@ -167,7 +167,7 @@ def test_torchs_own_random_state_is_left_alone():
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]), seed=st.integers(0, 999),
 )  # fmt: skip
 def test_shape_dtype_and_range_are_kept(n, channels, height, width, dtype, seed):
-    x = images(n, channels, height, width, seed=seed) * 3 - 1  # values outside [0, 1] are clipped
+    x = images(n, channels, height, width, seed=seed)
     kept = x.clone()
     view = views((height, width), 1, seed)[0]
     out = apply_view(x.to(dtype), view)
@@ -190,3 +190,26 @@ def test_black_pixels_have_finite_gradients():
 def test_other_than_images_is_refused(shape):
     with pytest.raises(ValueError, match="x: expected images"):
         apply_view(torch.rand(*shape), IDENTITY)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("change", [lambda x: (x - 0.45) / 0.225, lambda x: 255 * x, lambda x: x + 0.01 * (x > 0.9)])
+def test_values_outside_the_range_are_refused_before_a_view_is_drawn(change, dtype):
+    """Clipped, normalised images would be black and white, and those of 0 to 255 white."""
+    x = images(2, 3, 8, 8)
+    x[0, 0, 0, :2] = torch.tensor([0.0, 1.0])
+    views = RandomViews(0)
+    before = views.generator.get_state()
+    for call in (views, views.check, lambda x: apply_view(x, IDENTITY)):
+        with pytest.raises(ValueError, match=r"x: expected images with values in \[0, 1\], got"):
+            call(change(x).to(dtype))
+    assert torch.equal(views.generator.get_state(), before)
+    assert views(x.to(dtype)).shape == x.shape
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_broken_pixel_is_no_other_range(value):
+    x = images(2, 1, 8, 8)
+    x[0, 0, 3, 3] = value
+    views = [v(x)[1] for v in (RandomViews(0), RandomViews(0))]
+    assert torch.equal(*views) and views[0].isfinite().all()

@@ -39,6 +39,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..._checks import number
 from ..core.adapted import Adapted, batch_norms, use_batch_statistics
+from ..core.called import check_called
 
 __all__ = ["BNAdapt"]
 
@@ -51,19 +52,24 @@ class BNAdapt(Adapted):
         alpha: weight of the batch in [0, 1]. 1 uses the batch alone; 0.1 is a common choice for small batches.
 
     Shape:
-        ``x``: ``(N, ...)``, N >= 2 when ``alpha`` = 1; returns ``(N, K)``.
+        ``x``: ``(N, ...)``, N >= 2 when ``alpha`` = 1; returns what the model does, ``(N, K)`` or ``(N, K, H, W)``.
 
     Raises:
-        ValueError: no BatchNorm layer; BatchNorm layers without running statistics when ``alpha`` < 1; a batch of one.
+        TypeError: a model that returns no tensor.
+        ValueError: no BatchNorm layer; BatchNorm layers without running statistics when ``alpha`` < 1; a batch of one;
+            at the first batch, layers whose statistics the model uses without calling them.
     """
 
     def __init__(self, model: nn.Module, alpha: float = 1.0) -> None:
         super().__init__(model)
         self.alpha = number("alpha", alpha, 0, 1)
-        if not batch_norms(model):
+        layers = batch_norms(self.source)
+        if not layers:
             raise ValueError("model: expected at least one BatchNorm layer, got none")
-        if alpha < 1 and any(m.running_mean is None for m in batch_norms(model)):
+        if alpha < 1 and any(m.running_mean is None for m in layers):
             raise ValueError("model: expected BatchNorm layers with running statistics to mix with, got one without")
+        self.smallest = 2 if self.alpha == 1 else 1
+        self.called = self.alpha == 0  # whether the layers are known to be called
         self.reset()
 
     def reset(self) -> None:
@@ -92,5 +98,17 @@ class BNAdapt(Adapted):
 
     @torch.inference_mode()
     def forward(self, x: Tensor) -> Tensor:
-        self.check(x, smallest=2 if self.alpha == 1 else 1)
-        return self.model(x) if len(x) else self.empty(self.model, x)
+        self.check(x)
+        if len(x) == 0:
+            return self.empty(self.model, x)
+        if not self.called:
+            check_called(self.source, x)
+            self.called = True
+        return self.logits(self.model, x)
+
+    def logits(self, model: nn.Module, x: Tensor) -> Tensor:
+        """Of any shape: nothing is computed from them."""
+        out = model(x)
+        if not isinstance(out, Tensor):
+            raise TypeError(f"model: expected logits (N, K), got {type(out).__name__}")
+        return out

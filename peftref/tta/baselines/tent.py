@@ -36,9 +36,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ..._checks import at_least_float32, number
+from ..._checks import at_least_float32, class_scores, number
 from ..core.adapted import (
-    Adapted,
+    Learning,
     OptimizerFactory,
     adapting,
     batch_norms,
@@ -52,13 +52,21 @@ __all__ = ["Tent", "entropy"]
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Entropy of each row in nats, H_i = -sum_k p_ik log p_ik: ``(..., K) -> (...)``; finite for finite logits."""
-    log_p = at_least_float32(logits).log_softmax(-1)
+    """Entropy of each row in nats, H_i = -sum_k p_ik log p_ik: ``(N, K) -> (N,)``; finite for finite logits.
+
+    Args:
+        logits: ``(N, K)``.
+
+    Raises:
+        TypeError: no floating-point tensor.
+        ValueError: another shape, as the dense logits ``(N, K, H, W)`` of a segmentation network have.
+    """
+    log_p = at_least_float32(class_scores("logits", logits)).log_softmax(-1)
     # eq-tent-loss:  H_i = -sum_k p_ik log p_ik
     return -(log_p.exp() * log_p).sum(-1)
 
 
-class Tent(Adapted):
+class Tent(Learning):
     """Steps down the entropy -1/N sum_ik p_ik log p_ik of each batch, over the normalisation layers' scales and shifts.
 
     ``forward(x)`` returns the logits of ``x``, then takes one step on them; ``reset()`` restores the source exactly.
@@ -73,19 +81,20 @@ class Tent(Adapted):
         ``x``: ``(N, ...)`` with N >= 2 where the model has BatchNorm; returns ``(N, K)``.
 
     Raises:
-        ValueError: no normalisation layer with a scale or shift to adapt; a batch of one; a negative ``lr``.
+        TypeError: a model that returns no tensor.
+        ValueError: no normalisation layer with a scale or shift to adapt; a batch of one; a negative ``lr``; a model
+            that returns other than logits ``(N, K)``.
     """
 
     def __init__(self, model: nn.Module, lr: float = 1e-3, optimizer: OptimizerFactory = torch.optim.Adam) -> None:
         super().__init__(model)
-        self.lr = number("lr", lr, 0)
-        self.optimizer_factory = optimizer
         if not norm_affine(model):
             raise ValueError(
                 "model: expected at least one normalisation layer with a scale or shift to adapt, got none"
             )
-        self.lr = lr
+        self.lr = number("lr", lr, 0)
         self.optimizer_factory = optimizer
+        self.smallest = 2 if batch_norms(self.source) else 1
         self.reset()
 
     @torch.inference_mode(False)  # copies made in a caller's inference mode could never learn
@@ -97,9 +106,9 @@ class Tent(Adapted):
 
     @adapting
     def forward(self, x: Tensor) -> Tensor:
-        self.check(x, smallest=2 if batch_norms(self.model) else 1)
+        self.check(x)
         if len(x) == 0:
             return self.empty(self.model, x)
-        logits: Tensor = self.model(x)  # (N, K): the answer is given BEFORE the step
+        logits = self.logits(self.model, x)  # (N, K): the answer is given BEFORE the step
         gradient_step(entropy(logits).mean(), self.optimizer)
         return logits.detach()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import functools
+import io
 import math
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -12,8 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..._checks import class_scores
+from .copies import own_copy
+
 __all__ = [
     "Adapted",
+    "Learning",
     "OptimizerFactory",
     "adapting",
     "batch_norms",
@@ -61,15 +65,16 @@ def adapting(forward: Callable[[Method, Tensor], Tensor]) -> Callable[[Method, T
 class Adapted(nn.Module):
     """Frame of a method that adapts a copy of ``model``: the source is kept aside, untouched, for ``reset()``.
 
+    The copy is taken without the wrappers of torch, see :func:`~peftref.tta.core.copies.own_copy`.
     The network inside always runs in eval mode, whatever ``train()`` is called with: dropout and stochastic depth would
     add noise to every prediction, and normalisation is decided by :func:`use_batch_statistics`, not by the flag.
     """
 
+    smallest = 1  # samples that a batch must have
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        self.source = copy.deepcopy(model).eval()
+        self.source = own_copy(model)
         self.training = False
 
     def train(self, mode: bool = True) -> Adapted:
@@ -79,24 +84,81 @@ class Adapted(nn.Module):
         """Forget every batch: parameters, buffers, flags, optimiser and random state are those of construction."""
         raise NotImplementedError
 
-    def check(self, x: Tensor, smallest: int = 1) -> None:
+    def check(self, x: Tensor) -> None:
         """Refuse, before anything changes, an input the method cannot adapt to."""
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"x: expected a floating-point tensor (N, ...), got {got}")
         if x.ndim < 2:
             raise ValueError(f"x: expected a batch (N, ...), got shape {tuple(x.shape)}")
-        if 0 < len(x) < smallest:
+        if 0 < len(x) < self.smallest:
             raise ValueError(
-                f"x: expected at least {smallest} samples, because BatchNorm takes the statistics of the batch; "
+                f"x: expected at least {self.smallest} samples, because BatchNorm takes the statistics of the batch; "
                 f"got {len(x)}"
             )
 
     def empty(self, model: nn.Module, x: Tensor) -> Tensor:
         """Logits ``(0, K)`` of an empty batch: the width is read off two blank samples, and nothing adapts."""
         with torch.no_grad():
-            logits: Tensor = model(x.new_zeros(2, *x.shape[1:]))
+            logits = self.logits(model, x.new_zeros(2, *x.shape[1:]))
+        torch.clear_autocast_cache()  # it would go on using weights cast here, without a gradient
         return logits[:0]
+
+    def logits(self, model: nn.Module, x: Tensor) -> Tensor:
+        """What ``model`` says of ``x``, known to be logits ``(N, K)``."""
+        return class_scores("model", model(x), len(x))
+
+
+class Learning(Adapted):
+    """A method that has an ``optimizer``: its state, and that of random generators, is part of the ``state_dict``.
+
+    So a run that is saved, loaded into a method built with the same settings, and resumed, goes on as it would have.
+    Random are ``self.generator`` and ``self.views.generator``, where they exist. The state is a tensor of the bytes of
+    a file: what copies, moves or stores the tensors of a ``state_dict`` (safetensors) takes it as well.
+    """
+
+    optimizer: torch.optim.Optimizer
+    wide: tuple[str, ...] = ()  # parts that keep their precision when the method is moved to a narrower type
+
+    def get_extra_state(self) -> Tensor:
+        """State of optimiser and generators, uint8, for ``state_dict``."""
+        states = [generator.get_state() for generator in self._generators()]
+        file = io.BytesIO()
+        torch.save({"optimizer": self.optimizer.state_dict(), "generators": states}, file)
+        return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """What :meth:`get_extra_state` gave.
+
+        Args:
+            state: uint8, on any device.
+
+        Raises:
+            ValueError: another number of generators, as a method with other views has.
+        """
+        saved = torch.load(io.BytesIO(state.cpu().numpy().tobytes()), map_location="cpu", weights_only=True)
+        generators = self._generators()
+        if len(saved["generators"]) != len(generators):
+            got = f"{len(saved['generators'])} for {len(generators)}"
+            raise ValueError(f"state: expected a state for each random generator of the method, got {got}")
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for generator, its_state in zip(generators, saved["generators"], strict=True):
+            generator.set_state(its_state)
+
+    def _generators(self) -> list[torch.Generator]:
+        found = (getattr(owner, "generator", None) for owner in (self, getattr(self, "views", None)))
+        return [generator for generator in found if isinstance(generator, torch.Generator)]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Learning:
+        for name, part in self.named_children():
+            part._apply(functools.partial(_no_narrower, fn) if name in self.wide else fn, recurse)
+        self.optimizer.load_state_dict(self.optimizer.state_dict())  # moments follow their weights in device and type
+        return self
+
+
+def _no_narrower(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    moved = fn(t)
+    return t.to(moved.device) if t.is_floating_point() and moved.element_size() < t.element_size() else moved
 
 
 def gradient_step(loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
@@ -104,18 +166,31 @@ def gradient_step(loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
 
     Returns:
         Whether the step was taken.
+
+    Raises:
+        ValueError: the loss depends on none of the weights.
     """
     try:
         finite = bool(loss.isfinite())  # one broken batch must not poison the model for the rest of the stream
         if finite:
-            loss.backward()
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            gradients = _gradients(loss, optimizer)
             finite = bool(torch.nn.utils.get_total_norm(gradients, math.inf).isfinite())
         if finite:
             optimizer.step()
+            torch.clear_autocast_cache()  # a caller's autocast would go on using the weights of before the step
     finally:
         optimizer.zero_grad(set_to_none=True)
     return finite
+
+
+def _gradients(loss: Tensor, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    if loss.requires_grad:
+        loss.backward()
+    gradients = [p.grad for p in weights if p.grad is not None]
+    if not gradients:
+        raise ValueError("model: expected logits that depend on the weights to adapt, got some that depend on none")
+    return gradients
 
 
 def freeze(parameters: Iterable[nn.Parameter], trainable: Iterable[nn.Parameter]) -> None:

@@ -43,10 +43,10 @@ def affinity(
     The kinds (eq-lame-affinity): ``"knn"``, as :class:`Neighbours`: 1 for the k nearest *other* samples of each row,
     else 0. ``"rbf"``: :math:`\exp(-D^2/2\sigma^2)` with :math:`\sigma` the mean over rows of the k-th smallest
     distance, self included. ``"linear"``: :math:`\phi_i^\top\phi_j`; where negative, samples repel. A row with a
-    non-finite entry is linked to nothing.
+    non-finite entry is linked to nothing. Distances are computed in float64, so that near-duplicates have neighbours.
 
     Args:
-        features: a batch, or streams of them along leading dimensions; half precision is computed in float32.
+        features: a batch, or streams of them along leading dimensions.
         kind: as above (official default: rbf; here knn, which is sparse and whose votes count in whole nats).
         k: neighbours (5: official configuration).
         symmetric: :math:`(W+W^\top)/2`, always dense (official option, off).
@@ -60,17 +60,20 @@ def affinity(
     linked = phi.isfinite().all(-1)  # (..., N)
     phi = phi.masked_fill(~linked[..., None], 0.0)
     linked = linked & (linked.sum(-1, keepdim=True) > 1)  # a lone sample keeps its q: no vote for itself
+    dtype = phi.dtype
+    if kind != "linear":
+        phi = _wide(phi)
     if normalise:
         phi = F.normalize(phi, dim=-1)  # a zero vector stays zero
     if kind == "knn":
-        near = _nearest(phi, linked, k)
+        near = _nearest(_centred(phi, linked), linked, k, dtype)
         if not symmetric:
             return near
         w = near.dense()
     else:
         pairs = linked[..., :, None] & linked[..., None, :]
-        w = _product(phi, phi.mT) if kind == "linear" else _rbf(phi, pairs, k)
-        w = w.masked_fill(~pairs, 0.0)
+        w = _product(phi, phi.mT) if kind == "linear" else _rbf(_centred(phi, linked), pairs, k)
+        w = w.to(dtype).masked_fill(~pairs, 0.0)
     return (w + w.mT) / 2 if symmetric else w
 
 
@@ -115,7 +118,18 @@ def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
     return d2.masked_fill(d2 <= 16 * torch.finfo(a.dtype).eps * scale, 0.0)
 
 
-def _nearest(phi: Tensor, linked: Tensor, k: int) -> Neighbours:
+def _wide(phi: Tensor) -> Tensor:
+    """In double precision, where there is one: the frames of two films have no common mean that could be subtracted."""
+    return phi if phi.device.type == "mps" else phi.double()
+
+
+def _centred(phi: Tensor, linked: Tensor) -> Tensor:
+    """Rows about their mean, at the same distances: near-duplicates would cancel in |a|^2 + |b|^2 - 2 a.b."""
+    mean = (phi * linked[..., None]).sum(-2, keepdim=True) / linked.sum(-1)[..., None, None].clamp_min(1)
+    return (phi - mean).masked_fill(~linked[..., None], 0.0)
+
+
+def _nearest(phi: Tensor, linked: Tensor, k: int, dtype: torch.dtype) -> Neighbours:
     # eq-lame-affinity, knn: in blocks of rows, so memory is BLOCK x N
     others = torch.arange(phi.shape[-2], device=phi.device)
     found = []
@@ -124,7 +138,7 @@ def _nearest(phi: Tensor, linked: Tensor, k: int) -> Neighbours:
         d2 = _squared_distances(phi[..., i, :], phi).masked_fill(~allowed, math.inf)
         found.append(d2.topk(max(min(k, len(others) - 1), 0), dim=-1, largest=False))
     distance, index = (torch.cat(t, -2) for t in zip(*found, strict=True))
-    return Neighbours(index, distance.isfinite().to(phi.dtype))  # weight 0 where there are fewer than k to link
+    return Neighbours(index, distance.isfinite().to(dtype))  # weight 0 where there are fewer than k to link
 
 
 def _rbf(phi: Tensor, pairs: Tensor, k: int) -> Tensor:

@@ -50,6 +50,7 @@ from torch import Tensor
 __all__ = ["RandomViews", "View", "apply_view", "draw_view"]
 
 GREY = (0.2989, 0.587, 0.114)  # luma weights of the grey image, ITU-R 601 as rounded by torchvision
+SLACK = 1e-3  # of the range [0, 1], for the rounding of resized and half-precision images
 NOISE = 0.005  # standard deviation of the additive noise, published configuration
 
 
@@ -97,8 +98,18 @@ def draw_view(size: tuple[int, int], generator: torch.Generator, flip: bool = Tr
 
 
 def apply_view(x: Tensor, view: View) -> Tensor:
-    """The view of images ``x`` (N, C, H, W) with values in [0, 1], C = 1 or 3: same shape, dtype and device."""
-    _check(x)
+    """The view of images ``x`` (N, C, H, W) with values in [0, 1], C = 1 or 3: same shape, dtype and device.
+
+    A NaN or infinite pixel is no reason to refuse the batch.
+
+    Raises:
+        ValueError: another shape, or values outside [0, 1], as normalised images and those of 0 to 255 have.
+    """
+    check_images(x)
+    return _viewed(x, view)
+
+
+def _viewed(x: Tensor, view: View) -> Tensor:
     x = _jitter(x.clamp(0, 1), view)
     x = _blur(_affine(x, view, margin=2), view.sigma)
     if view.flip:
@@ -112,9 +123,14 @@ def apply_view(x: Tensor, view: View) -> Tensor:
 class RandomViews:
     """``views(x)``: a new random view of the whole batch at each call; ``reset()`` starts the sequence again.
 
+    Images have values in [0, 1]: put the normalisation into the model (:class:`peftref.models.Normalised`).
+
     Args:
         seed: of the sequence of views.
         flip: allow mirror images (as published); ``False`` where left and right carry meaning, as in digits.
+
+    Raises:
+        ValueError: in use, for what is no batch of images in [0, 1]; before a view is drawn.
     """
 
     def __init__(self, seed: int = 0, flip: bool = True) -> None:
@@ -126,14 +142,34 @@ class RandomViews:
         """Start the sequence again."""
         self.generator = torch.Generator().manual_seed(self.seed)
 
+    def check(self, x: Tensor) -> None:
+        """Refuse what is no batch of images in [0, 1].
+
+        Args:
+            x: images.
+
+        Raises:
+            ValueError: another shape, or values outside [0, 1].
+        """
+        check_images(x)
+
     def __call__(self, x: Tensor) -> Tensor:
-        _check(x)  # before a view is drawn
-        return apply_view(x, draw_view((x.shape[-2], x.shape[-1]), self.generator, self.flip))
+        self.check(x)
+        return self._unchecked(x)
+
+    def _unchecked(self, x: Tensor) -> Tensor:
+        """A view of a batch that :meth:`check` has seen: a look at its values would stall an accelerator each time."""
+        return _viewed(x, draw_view((x.shape[-2], x.shape[-1]), self.generator, self.flip))
 
 
-def _check(x: Tensor) -> None:
+def check_images(x: Tensor) -> None:
+    """Refuse what is no batch of images in [0, 1]; a NaN or infinite pixel may be among them."""
     if x.ndim != 4 or x.shape[1] not in (1, 3) or 0 in x.shape[2:] or not x.is_floating_point():
         raise ValueError(f"x: expected images (N, 1 or 3, H, W), got shape {tuple(x.shape)} of {x.dtype}")
+    if x.numel():
+        low, high = torch.stack(x.detach().where(x.isfinite(), 0.5).aminmax()).tolist()
+        if low < -SLACK or high > 1 + SLACK:
+            raise ValueError(f"x: expected images with values in [0, 1], got {low:.4g} to {high:.4g}")
 
 
 def _grey(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from joblib import Parallel, delayed
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..._checks import class_scores
 from ...data.streams import Stream
 
 __all__ = [
@@ -64,13 +65,21 @@ def run(
 
     Args:
         method: takes a batch, returns logits ``(B, K)``; adapts on the way if it is that kind. A plain classifier is
-            used in eval mode.
+            used in eval mode. A method that needs more than one sample has an attribute ``smallest``.
         stream: iterated once; its labels are only compared with.
         reset: ``"first"``: before the first batch only (continual); ``"segment"``: before every segment.
         observe: called after each batch, returns further columns, e.g. :func:`drift`.
+
+    Raises:
+        TypeError: a method that returns no tensor.
+        ValueError: an unknown ``reset``, a batch that is too small for the method (both before anything runs), or
+            other than logits ``(B, K)``.
     """
     if reset not in ("first", "segment"):
         raise ValueError(f"reset: expected 'first' or 'segment', got {reset!r}")
+    needed = getattr(method, "smallest", 1)
+    if (least := min(len(batch.y) for batch in stream)) < needed:
+        raise ValueError(f"stream: expected batches of at least {needed} samples for this method, got one of {least}")
     restart = getattr(method, "reset", lambda: None)
     restart()
     method.eval()
@@ -82,7 +91,7 @@ def run(
         for batch in part:
             start = time.perf_counter()
             with torch.no_grad():  # methods that learn switch gradients on themselves
-                predicted = method(batch.x).argmax(-1)
+                predicted = class_scores("method", method(batch.x), len(batch.y)).argmax(-1)
             wrong = int((predicted != batch.y).sum())  # waits for the device: only now is the answer there
             seconds = time.perf_counter() - start
             predictions.append(predicted)
