@@ -175,7 +175,8 @@ def test_without_learning_no_setting_of_the_split_counts(estimator: str) -> None
     below = model.residuals_["w", 0].pow(2).sum()
     assert_allclose(model.se_, squares["unit"] ** 0.5 / below, rtol=1e-10)
     both = fit(df, estimator, cluster="twoway")
-    assert_allclose(both.se_, (squares["unit"] + squares["time"]) ** 0.5 / below, rtol=1e-10)
+    own = psi["psi"].pow(2).sum()  # Cameron, Gelbach and Miller: what rows share with themselves is counted once
+    assert_allclose(both.se_, (squares["unit"] + squares["time"] - own) ** 0.5 / below, rtol=1e-10)
 
 
 # -- invariances
@@ -388,9 +389,10 @@ def test_each_setting_counts() -> None:
     assert len({*found.values(), fit(binary, learner=PolynomialRidge(2)).coef_}) == 4
 
 
-def test_default_learner_is_the_cubic_ridge() -> None:
+def test_default_learner_chooses_degree_and_penalty() -> None:
     df = table(30)
-    assert numbers(fit(df, learner=None)) == numbers(fit(df, learner=PolynomialRidge()))
+    expected = numbers(fit(df, learner=PolynomialRidge(2, [0.01, 0.1, 1.0, 10.0, 100.0, 1000.0])))  # 20 of 120 rows
+    assert numbers(fit(df, learner=None)) == expected
 
 
 def test_a_classifier_for_the_treatment() -> None:

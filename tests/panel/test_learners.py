@@ -178,8 +178,13 @@ def test_a_cv_inside_a_cv_must_bring_its_own_splitter() -> None:
     assert learner.cv is None
 
 
-def test_columns_of_units_stay_sparse() -> None:
+def test_many_columns_of_units_stay_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
     z, targets = data()
+    crossfit_sklearn(z, targets[:, :1], make_folds(LAYOUT, 3, "random"), [Spy()], unit=LAYOUT.unit)
+    assert len(Spy.seen) == 3 and all(isinstance(x, np.ndarray) and x.shape[1] == 3 + 20 for x in Spy.seen)
+    Spy.seen = []
+    monkeypatch.setattr(dummies, "DENSE", 100)
+    monkeypatch.setattr(dummies, "get_tags", lambda learner: TAKES_SPARSE)
     crossfit_sklearn(z, targets[:, :1], make_folds(LAYOUT, 3, "random"), [Spy()], unit=LAYOUT.unit)
     assert len(Spy.seen) == 3 and all(scipy.sparse.issparse(x) and x.shape[1] == 3 + 20 for x in Spy.seen)
     assert all((x[:, 3:].sum(1) == 1).all() for x in Spy.seen)

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from .folds import Folds
-from .gram import Moments, by_fold, fit, moments, standardised
+from .gram import Moments, by_fold, can_compare, fit, moments, standardised
 from .ridge import PolynomialRidge, check_learner, monomials, polynomial, standardise
+from .shape import check_room, choose_shape, well_conditioned
 
 __all__ = ["check_shapes", "crossfit"]
 
@@ -45,6 +46,7 @@ def crossfit(
     uses: Sequence[Sequence[int]] | None = None,
     unit: Tensor | None = None,
     linear: int = 0,
+    coarse: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """Out-of-fold predictions of several targets, from features that are built once.
 
@@ -56,6 +58,8 @@ def crossfit(
         uses: for each target the variables that predict it (all): all monomials of these only.
         unit: codes ``(n,)``: a column for each unit besides, penalised like the others (eq-dml_panel-dummies).
         linear: of the variables, so many at the end enter linearly.
+        coarse: of the variables before those, so many at the end are constant in groups, such as means of units, and
+            the number of groups: with ``degree="auto"`` a few groups teach a few features only.
 
     Returns:
         Predictions ``(B, q, n)``.
@@ -64,6 +68,8 @@ def crossfit(
         ValueError: shapes that do not fit, several penalties together with ``unit``, or a fold without training rows.
     """
     alphas = check_learner(learner)
+    if unit is not None and learner.alpha == "auto":
+        alphas = [1.0]
     if unit is not None and len(alphas) > 1:
         raise ValueError(f"alpha: expected one number where units have columns of their own, got {learner.alpha!r}")
     sizes = check_shapes(z, targets, folds, uses, unit, linear)
@@ -73,7 +79,18 @@ def crossfit(
     z = (z - location) / scale
     level = targets.mean(-1, keepdim=True)  # the Gram matrix of y itself would lose the digits that y varies in
     targets = targets - level
-    exponents = monomials(z.shape[-2] - linear, learner.degree, learner.interactions, linear)
+    keep = folds.keep.double()
+    if isinstance(learner.degree, str) or isinstance(learner.alpha, str):
+        counts = torch.stack([row.bincount(minlength=len(keep)) for row in folds.fold])
+        least = int((counts.double() @ keep.T)[counts > 0].min())
+        if len(alphas) > 1 and not can_compare(counts, folds.keep):
+            alphas = [1.0]
+    else:
+        least = z.shape[-1]
+    free = z.shape[-2] - linear
+    *shape, more = choose_shape(learner, free, least, coarse[0], coarse[1] * least / z.shape[-1])
+    check_room(free - more, *shape, z.shape[-1], len(keep) + 1)
+    exponents = monomials(free - more, *shape, linear + more)
     batch = max(sizes, default=1)
     chunk = max(1, CHUNK // (len(exponents) * z.shape[-1]))
     made = []
@@ -112,6 +129,8 @@ def _crossfit(
     uses: Sequence[Sequence[int]] | None,
     unit: Tensor | None,
 ) -> Tensor:
+    if alphas == [0.0]:
+        z, exponents, uses = _orthonormal(z, exponents, uses, targets.shape[-2])
     p = len(exponents)
     q = targets.shape[-2]
     batch = max(len(z), len(targets), len(fold))
@@ -144,6 +163,28 @@ def _crossfit(
         predicted[..., members, :] = fitted
     # (B, K, q, m) -> (B, q, K m) -> the rows in their own order
     return predicted.transpose(1, 2).flatten(2).gather(-1, place.unsqueeze(1).expand(-1, q, -1))
+
+
+def _orthonormal(
+    z: Tensor, exponents: Tensor, uses: Sequence[Sequence[int]] | None, q: int
+) -> tuple[Tensor, Tensor, Sequence[Sequence[int]] | None]:
+    """Where features nearly determine each other, and nothing is penalised: variables that span the same, with
+    exponents one, for each set of variables that some target uses."""
+    sets = [tuple(used) for used in uses] if uses else [tuple(range(z.shape[-2]))] * q
+    features = polynomial(z, exponents)
+    made = {}
+    for used in dict.fromkeys(sets):
+        absent = [j for j in range(z.shape[-2]) if j not in used]
+        made[used] = well_conditioned(features[..., exponents[:, absent].sum(1) == 0, :])
+    if all(back is None for _, back in made.values()):
+        return z, exponents, uses
+    places = {}
+    start = 0
+    for used, (basis, _) in made.items():
+        places[used] = range(start, start + basis.shape[-2])
+        start += basis.shape[-2]
+    together = torch.cat([basis for basis, _ in made.values()], -2)
+    return together, torch.eye(start, dtype=torch.long), [places[used] for used in sets]
 
 
 def _fit_dummies(
