@@ -22,6 +22,7 @@ from .core.gram import fit as fit
 from .core.gram import inverse_times as inverse_times
 from .core.gram import moments as moments
 from .core.gram import standardised as standardised
+from .core.inference import check_clusters as check_clusters
 from .core.inference import over_repeats as over_repeats
 from .core.inference import row_weights as row_weights
 from .core.inference import solve as solve
@@ -65,6 +66,7 @@ __all__ = [
     "Simulated",
     "aipw_score",
     "by_fold",
+    "check_clusters",
     "check_learner",
     "check_shapes",
     "crossfit",

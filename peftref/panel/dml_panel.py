@@ -110,7 +110,7 @@ class PanelDML(BaseEstimator):
     Residuals u of the outcome and v of the treatment, each predicted for rows that the learner has not seen; the
     estimate is theta = sum(v u) / sum(v^2).
 
-    Coverage of 95 % intervals, in % of 300 simulated panels of the chapter (structure C, 200 units, cubic ridge):
+    Coverage of 95 % intervals, in % of 300 simulated panels of the chapter (structure C, 200 units, quadratic ridge):
 
     ==========================================  ==========  ========
     confounding, periods, estimator             folds       coverage
@@ -222,7 +222,9 @@ class PanelDML(BaseEstimator):
         elif not isinstance(folds, Folds):
             folds = make_folds(panel.layout, folds, self.scheme, repeats=self.repeats, seed=self.seed)
         elif folds.fold.shape[1] != len(panel.layout):
-            used = "differences, one for each row with a row of its unit in the period before" * (self.estimator == "fd")
+            used = "differences, one for each row with a row of its unit in the period before" * (
+                self.estimator == "fd"
+            )
             used = used or "rows used, without units that have a single row" * (len(panel.layout) < len(frame.index))
             raise ValueError(
                 f"folds: expected folds of {len(panel.layout)} {used or 'rows'}, got those of {folds.fold.shape[1]}"

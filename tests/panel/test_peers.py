@@ -200,8 +200,8 @@ def test_clustered_by_unit_and_period(score: str, balanced: bool, estimator: str
         ([np.unique(df[name].to_numpy()[part]) for name in ("id", "time")] for part in split) for split in splits
     ]
     peer = DoubleMLPLR(
-        DoubleMLData(levelled(df), "y", "d", columns, cluster_cols=["id", "time"]), LinearRegression(), LinearRegression(),
-        *_g(score), n_folds=2, score=score,
+        DoubleMLData(levelled(df), "y", "d", columns, cluster_cols=["id", "time"]), LinearRegression(),
+        LinearRegression(), *_g(score), n_folds=2, score=score,
     )  # fmt: skip
     peer.set_sample_splitting([splits], [[tuple(parts) for parts in clusters]])
     same(ours(df, estimator, score=score, folds=folds, cluster="twoway"), peer.fit())
@@ -300,6 +300,29 @@ def test_clustered_errors_of_fixed_effects_are_the_plain_sandwich(balanced: bool
     assert_allclose(ours(df, "fe", twoway=twoway, folds=no_split(len(df))).se_, found.loc["d", "clustered"], rtol=1e-9)
 
 
+@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize("estimator", ["fe", "pols", "fe_only", "simple_ols"])
+def test_twoway_clusters_count_what_a_row_shares_with_itself_once(estimator: str, balanced: bool) -> None:
+    df = table(balanced, n_units=40, n_periods=25)
+    formula = "y ~ d" + " + x1 + x2" * (estimator in ("fe", "pols")) + " | id" * estimator.startswith("fe")
+    peer = pyfixest.feols(formula, df, vcov={"CRV1": "id + time"}, ssc=pyfixest.ssc(k_adj=False, G_adj=False))
+    found = ours(df, estimator, cluster="twoway")
+    assert_allclose([found.coef_, found.se_], [peer.coef()["d"], peer.se()["d"]], rtol=1e-7)
+
+
+def test_a_negative_twoway_variance_is_missing() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        unit, time = np.repeat(np.arange(3), 3), np.tile(np.arange(3), 3)
+        df = pd.DataFrame({"id": unit, "time": time, "y": rng.normal(size=9), "d": rng.normal(size=9)})
+        peer = pyfixest.feols("y ~ d", df, vcov={"CRV1": "id + time"}, ssc=pyfixest.ssc(k_adj=False, G_adj=False))
+        if not peer.se()["d"] >= 0:
+            break
+    with pytest.warns(UserWarning, match="^cluster: 'twoway' has a negative variance here"):
+        found = PanelDML("simple_ols", cluster="twoway").fit(df["y"], df["d"], None, df["id"], df["time"])
+    assert np.isnan(found.se_) and np.isnan(peer.se()["d"]) and found.summary()["P>|t|"].isna().all()
+
+
 # -- linearmodels
 
 
@@ -372,6 +395,30 @@ def test_clustered_errors_of_linear_regressions(effects: str, balanced: bool) ->
     found = panel_ols(df["y"], df[["d", *X]], df["id"], df["time"], effects=effects)
     factor = len(df) / (len(df) - len(found))  # k without the fixed effects
     assert_allclose(found["clustered"] * factor**0.5, peer.std_errors[found.index], rtol=1e-8)
+    if effects == "fixed":  # k with all effects, as soon as there are two kinds
+        both = PanelOLS(y, x, entity_effects=True, time_effects=True).fit(cov_type="clustered", cluster_entity=True)
+        found = panel_ols(df["y"], df[["d", *X]], df["id"], df["time"], effects="fixed", twoway=True)
+        factor = len(df) / (len(df) - len(found) - df["id"].nunique() - df["time"].nunique() + 1)
+        assert_allclose(found["clustered"] * factor**0.5, both.std_errors[found.index], rtol=1e-8)
+
+
+def test_blocks_apart_lose_one_degree_of_freedom_too_many() -> None:
+    """As in linearmodels: one effect more is known where units and periods fall into two blocks that share neither."""
+    rng = np.random.default_rng(0)
+    rows = [(i, p) for i in range(25) for p in range(4)] + [(i, p) for i in range(25, 50) for p in range(4, 8)]
+    unit, time = np.array(rows).T
+    x, noise = rng.normal(size=(2, len(rows)))
+    y = 2 * x + rng.normal(size=50)[unit] + rng.normal(size=8)[time] + noise
+    found = panel_ols(y, x[:, None], unit, time, effects="fixed", twoway=True)
+    design = np.column_stack([x, np.eye(50)[unit], np.eye(8)[time]])
+    beta, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
+    variance = ((y - design @ beta) ** 2).sum() / (len(y) - rank)
+    exact = np.sqrt(variance * np.linalg.pinv(design.T @ design)[0, 0])
+    left = len(y) - rank
+    assert_allclose(found.loc["x0", "std err"], exact * np.sqrt(left / (left - 1)), rtol=1e-9)
+    indexed = pd.DataFrame({"unit": unit, "time": time, "x": x, "y": y}).set_index(["unit", "time"])
+    peer = PanelOLS(indexed["y"], indexed[["x"]], entity_effects=True, time_effects=True).fit()
+    assert_allclose(found.loc["x0", "std err"], peer.std_errors["x"], rtol=1e-9)
 
 
 def test_regressors_that_determine_each_other() -> None:

@@ -30,7 +30,8 @@ from torch import Tensor
 from .folds import Folds
 from .gram import Moments, by_fold, can_compare, fit, moments, standardised
 from .ridge import PolynomialRidge, check_learner, monomials, polynomial, standardise
-from .shape import check_room, choose_shape, well_conditioned
+from .shape import check_room, choose_shape
+from .spans import independent
 
 __all__ = ["check_shapes", "crossfit"]
 
@@ -88,9 +89,10 @@ def crossfit(
     else:
         least = z.shape[-1]
     free = z.shape[-2] - linear
-    *shape, more = choose_shape(learner, free, least, coarse[0], coarse[1] * least / z.shape[-1])
-    check_room(free - more, *shape, z.shape[-1], len(keep) + 1)
-    exponents = monomials(free - more, *shape, linear + more)
+    groups = coarse[1] * least / z.shape[-1]
+    degree, interactions, more = choose_shape(learner, free, least, coarse[0], groups)
+    check_room(free - more, degree, interactions, z.shape[-1], len(keep) + 1)
+    exponents = monomials(free - more, degree, interactions, linear + more)
     batch = max(sizes, default=1)
     chunk = max(1, CHUNK // (len(exponents) * z.shape[-1]))
     made = []
@@ -130,7 +132,7 @@ def _crossfit(
     unit: Tensor | None,
 ) -> Tensor:
     if alphas == [0.0]:
-        z, exponents, uses = _orthonormal(z, exponents, uses, targets.shape[-2])
+        z, exponents, uses = independent(z, exponents, uses, targets.shape[-2])
     p = len(exponents)
     q = targets.shape[-2]
     batch = max(len(z), len(targets), len(fold))
@@ -163,28 +165,6 @@ def _crossfit(
         predicted[..., members, :] = fitted
     # (B, K, q, m) -> (B, q, K m) -> the rows in their own order
     return predicted.transpose(1, 2).flatten(2).gather(-1, place.unsqueeze(1).expand(-1, q, -1))
-
-
-def _orthonormal(
-    z: Tensor, exponents: Tensor, uses: Sequence[Sequence[int]] | None, q: int
-) -> tuple[Tensor, Tensor, Sequence[Sequence[int]] | None]:
-    """Where features nearly determine each other, and nothing is penalised: variables that span the same, with
-    exponents one, for each set of variables that some target uses."""
-    sets = [tuple(used) for used in uses] if uses else [tuple(range(z.shape[-2]))] * q
-    features = polynomial(z, exponents)
-    made = {}
-    for used in dict.fromkeys(sets):
-        absent = [j for j in range(z.shape[-2]) if j not in used]
-        made[used] = well_conditioned(features[..., exponents[:, absent].sum(1) == 0, :])
-    if all(back is None for _, back in made.values()):
-        return z, exponents, uses
-    places = {}
-    start = 0
-    for used, (basis, _) in made.items():
-        places[used] = range(start, start + basis.shape[-2])
-        start += basis.shape[-2]
-    together = torch.cat([basis for basis, _ in made.values()], -2)
-    return together, torch.eye(start, dtype=torch.long), [places[used] for used in sets]
 
 
 def _fit_dummies(

@@ -21,8 +21,6 @@ from sklearn.utils import get_tags
 
 from .ridge import PolynomialRidge
 
-__all__ = ["as_ours", "check_converged", "tighten", "with_unit_columns"]
-
 DENSE = 1 << 25  # entries of the largest plain array
 
 

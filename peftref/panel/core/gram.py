@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "by_fold", "can_compare", "fit", "inverse_times", "moments", "standardised"]
+__all__ = ["Moments", "by_fold", "fit", "inverse_times", "moments", "standardised"]
 
 
 PIECE = 1 << 24  # numbers in the Gram matrices of one piece of the inner models
@@ -123,12 +123,12 @@ def _inner_error(
     if not can_compare(parts.n, keep, scheme):
         raise ValueError("alpha: expected enough folds to leave one out of each training set and learn from the rest")
     each = max(1, PIECE // (len(columns) ** 2 * parts.n[..., 0].numel()))
-    total = 0.0
+    shape = (len(alphas), *parts.n.shape[:-1], len(keep), len(targets))
+    total = parts.g.new_zeros(shape)
     for some in torch.arange(len(inner), device=inner.device).split(each):
         judged = Moments(*(t.index_select(-i, inner[some]) for t, i in zip(parts, (1, 2, 3), strict=True)))
         error = _error(parts.kept(trained[some]), judged, columns, targets, alphas)
-        shape = (*error.shape[:-2], len(keep), error.shape[-1])
-        total = total + error.new_zeros(shape).index_add_(-2, outer[some], error)
+        total = total.index_add(-2, outer[some], error)
     return total
 
 

@@ -23,7 +23,7 @@ This is what DoubleML does. An older rule takes
 :math:`\sqrt{\mathrm{med}_r(\hat\sigma_r^2+(\hat\theta_r-\tilde\theta)^2)}`.
 
 Two-way clusters without folds, as of the linear estimators, take Cameron, Gelbach and Miller's variance, which counts
-what a row shares with itself once (eq-dml_panel-twoway):
+what a row shares with itself once:
 
 .. math:: \hat V=\frac{\sum_i(\sum_t\psi_{it})^2+\sum_t(\sum_i\psi_{it})^2-\sum_{it}\psi_{it}^2}{(\sum\psi_a)^2} .
 
@@ -118,7 +118,7 @@ def standard_error(psi: Tensor, psi_a: Tensor, layout: Layout, folds: Folds, clu
         layout: of the rows.
         folds: of the rows.
         cluster: "unit" (eq-dml_panel-variance), "twoway" for units and periods, with folds of the scheme "product" or
-            a single fold (eq-dml_panel-twoway), or ``None`` for rows that are independent.
+            a single fold, or ``None`` for rows that are independent.
 
     Raises:
         ValueError: a single cluster, or folds that cut what their scheme keeps together.
@@ -154,7 +154,7 @@ def _without_folds(psi: Tensor, psi_a: Tensor, layout: Layout) -> Tensor:
     """Standard errors ``(R,)`` by Cameron, Gelbach and Miller; missing where the variance is negative."""
     by_unit = group_sums(psi, layout.unit, layout.n_units)
     by_time = group_sums(psi, layout.time, layout.n_periods)
-    # eq-dml_panel-twoway:  each row is in both sums of squares, and is counted once
+    # Each row is in both sums of squares, and is counted once
     squares = by_unit.square().sum(-1) + by_time.square().sum(-1) - psi.square().sum(-1)
     if (squares < 0).any():
         text = "cluster: 'twoway' has a negative variance here, and no standard error; take 'unit'"

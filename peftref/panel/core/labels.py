@@ -18,8 +18,6 @@ import torch
 from pandas.api.types import infer_dtype
 from torch import Tensor
 
-__all__ = ["label_codes"]
-
 NUMBERS = ("integer", "floating", "mixed-integer-float", "decimal", "boolean")
 IN_TIME = (*NUMBERS, "datetime64", "datetime", "date", "timedelta64", "timedelta", "time", "period", "interval")
 TEXT = ("string", "bytes")

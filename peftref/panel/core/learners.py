@@ -168,4 +168,3 @@ def follow_folds(learner: Any, fold: NDArray[Any], keep: NDArray[Any] | None = N
 
 def _is_number_or_none(value: Any) -> bool:
     return value is None or (isinstance(value, Integral) and not isinstance(value, bool))
-

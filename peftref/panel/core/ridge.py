@@ -38,7 +38,7 @@ class PolynomialRidge(RegressorMixin, BaseEstimator):
         degree: of the polynomial, >= 1; "auto" takes the first of these: cubic, if there are five training rows for
             each monomial; quadratic, both without products of different features, if there are two; linear.
         alpha: penalty on the squared coefficients, >= 0 (as in scikit-learn: not divided by the number of rows); of
-            several, cross-validation chooses one for each model. "auto" lets it choose from 0.01 to 10; it is 1 where
+            several, cross-validation chooses one for each model. "auto" lets it choose from 0.01 to 1; it is 1 where
             there are too few folds to choose by, or a column for each unit.
         interactions: products of different features too.
     """
@@ -82,7 +82,9 @@ class PolynomialRidge(RegressorMixin, BaseEstimator):
         check_room(len(z), *shape, z.shape[-1], 5)
         self._exponents = monomials(len(z), *shape)
         f = polynomial((z - self._location) / self._scale, self._exponents)
-        folds = torch.arange(z.shape[-1]) % 5 if fold is None else torch.as_tensor(np.unique(fold, return_inverse=True)[1])
+        folds = (
+            torch.arange(z.shape[-1]) % 5 if fold is None else torch.as_tensor(np.unique(fold, return_inverse=True)[1])
+        )
         folds = folds if len(alphas) > 1 else torch.zeros_like(folds)
         scheme = None if keep is None or len(alphas) == 1 else torch.from_numpy(keep[np.ix_(*[np.unique(fold)] * 2)])
         basis, back = well_conditioned(f[None]) if alphas == [0.0] else (f[None], None)

@@ -18,10 +18,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .ridge import PolynomialRidge
 
-__all__ = ["check_room", "choose_shape", "n_monomials", "well_conditioned"]
-
 # Larger ones would be chosen where much is noise, and shrink what confounds with it: that biases the effect.
-PENALTIES = (0.01, 0.1, 1.0, 10.0)
+PENALTIES = (0.01, 0.1, 1.0)
 # Degree, whether with interactions, and the training rows for each feature that they need.
 SHAPES = ((3, True, 5), (2, True, 2), (3, False, 2), (2, False, 2), (1, False, 0))
 GROUPS = 4  # for each feature of the variables that are constant in groups, such as units
