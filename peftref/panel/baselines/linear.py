@@ -57,11 +57,12 @@ def project_out(a: Tensor, x: Tensor) -> Tensor:
 
 
 def orthonormal(x: Tensor) -> Tensor:
-    """An orthonormal basis ``(..., min(J, n), n)`` of the rows of ``x`` ``(..., J, n)``; zeros where the rank is less."""
+    """An orthonormal basis ``(..., min(J, n), n)`` of the rows of ``x`` ``(..., J, n)``; zeros beyond its rank."""
     size = x.square().sum(-1, keepdim=True).sqrt()
     q, r = torch.linalg.qr((x / torch.where(size > 0, size, 1.0)).mT)
     u, s, _ = torch.linalg.svd(r, full_matrices=False)
-    return ((q @ u) * (s > 1e-13 * r.shape[-1] * s[..., :1]).unsqueeze(-2)).mT
+    basis: Tensor = ((q @ u) * (s > 1e-13 * r.shape[-1] * s[..., :1]).unsqueeze(-2)).mT
+    return basis
 
 
 def panel_ols(y: Any, x: Any, unit: Any, time: Any, *, effects: str = "pooled", twoway: bool = False) -> pd.DataFrame:

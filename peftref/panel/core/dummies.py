@@ -83,6 +83,6 @@ def check_converged(model: Any, x: Any, y: NDArray[Any]) -> None:
     scale = size * np.linalg.norm(y - y.mean()) + np.abs(held)
     if (np.abs(gradient) > 1e-7 * scale + 1e-300).any():
         raise ValueError(
-            f"learner: expected a solver that converges on {x.shape[1]} columns, got {last}; standardise the covariates, "
-            "or take PolynomialRidge"
+            f"learner: expected a solver that converges on {x.shape[1]} columns, got {last}; standardise the "
+            "covariates, or take PolynomialRidge"
         )

@@ -27,8 +27,8 @@ what a row shares with itself once:
 
 .. math:: \hat V=\frac{\sum_i(\sum_t\psi_{it})^2+\sum_t(\sum_i\psi_{it})^2-\sum_{it}\psi_{it}^2}{(\sum\psi_a)^2} .
 
-With folds it is that of Chiang, Kato, Ma and Sasaki (2022), as in DoubleML, which subtracts nothing. None of these has a
-small-sample factor: they are pyfixest's with ``ssc(k_adj=False, G_adj=False)``.
+With folds it is that of Chiang, Kato, Ma and Sasaki (2022), as in DoubleML, which subtracts nothing. None of these has
+a small-sample factor: they are pyfixest's with ``ssc(k_adj=False, G_adj=False)``.
 
 >>> over_repeats(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.5, 0.5, 0.5]))
 (2.0, 0.5)

@@ -82,11 +82,15 @@ class PolynomialRidge(RegressorMixin, BaseEstimator):
         check_room(len(z), *shape, z.shape[-1], 5)
         self._exponents = monomials(len(z), *shape)
         f = polynomial((z - self._location) / self._scale, self._exponents)
-        folds = (
-            torch.arange(z.shape[-1]) % 5 if fold is None else torch.as_tensor(np.unique(fold, return_inverse=True)[1])
-        )
-        folds = folds if len(alphas) > 1 else torch.zeros_like(folds)
-        scheme = None if keep is None or len(alphas) == 1 else torch.from_numpy(keep[np.ix_(*[np.unique(fold)] * 2)])
+        scheme = None
+        folds = torch.arange(z.shape[-1]) % 5
+        if fold is not None:
+            present, codes = np.unique(fold, return_inverse=True)
+            folds = torch.from_numpy(codes)
+            scheme = None if keep is None else torch.from_numpy(keep[np.ix_(present, present)])
+        if len(alphas) == 1:  # all rows in one
+            folds = torch.zeros_like(folds)
+            scheme = None
         basis, back = well_conditioned(f[None]) if alphas == [0.0] else (f[None], None)
         rows = torch.cat((basis[0], target - self._level))
         parts = moments(*by_fold(rows[None], folds[None], int(folds.max()) + 1)[:2])

@@ -73,8 +73,8 @@ def well_conditioned(f: Tensor) -> tuple[Tensor, Tensor | None]:
     apart; without a penalty both give the same predictions.
 
     Returns:
-        Features ``(B, p, n)``, zeros where they have a lower rank, and the map ``(B, p, p)`` to them from ``f`` less its
-        means; or ``f`` itself and ``None``, where it is good enough, or repeats itself exactly.
+        Features ``(B, p, n)``, zeros beyond their rank, and the map ``(B, p, p)`` to them from ``f`` less its means;
+        or ``f`` itself and ``None``, where it is good enough, or repeats itself exactly.
     """
     if f.shape[-1] < f.shape[-2]:
         return f, None
