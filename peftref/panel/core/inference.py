@@ -152,10 +152,10 @@ def standard_error(psi: Tensor, psi_a: Tensor, layout: Layout, folds: Folds, clu
 
 def _without_folds(psi: Tensor, psi_a: Tensor, layout: Layout) -> Tensor:
     """Standard errors ``(R,)`` by Cameron, Gelbach and Miller; missing where the variance is negative."""
-    by_unit = group_sums(psi, layout.unit, layout.n_units)
-    by_time = group_sums(psi, layout.time, layout.n_periods)
+    of_unit = group_sums(psi, layout.unit, layout.n_units)
+    of_time = group_sums(psi, layout.time, layout.n_periods)
     # Each row is in both sums of squares, and is counted once
-    squares = by_unit.square().sum(-1) + by_time.square().sum(-1) - psi.square().sum(-1)
+    squares = of_unit.square().sum(-1) + of_time.square().sum(-1) - psi.square().sum(-1)
     if (squares < 0).any():
         text = "cluster: 'twoway' has a negative variance here, and no standard error; take 'unit'"
         warnings.warn(text, UserWarning, stacklevel=4)
