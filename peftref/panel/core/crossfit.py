@@ -27,13 +27,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .folds import Folds
+from .folds import Folds, check_shapes
 from .gram import Moments, by_fold, can_compare, fit, moments, standardised
 from .ridge import PolynomialRidge, check_learner, monomials, polynomial, standardise
 from .shape import check_room, choose_shape
 from .spans import independent
 
-__all__ = ["check_shapes", "crossfit"]
+__all__ = ["crossfit"]
 
 CHUNK = 1 << 22  # numbers in the features of one piece of a batch
 
@@ -100,25 +100,6 @@ def crossfit(
         some_z, some_targets, fold = (t if len(t) == 1 else t[i : i + chunk] for t in (z, targets, folds.fold))
         made.append(_crossfit(some_z, some_targets, fold, folds.keep, exponents, alphas, uses, unit))
     return torch.cat(made) + level
-
-
-def check_shapes(
-    z: Tensor, targets: Tensor, folds: Folds, uses: Sequence[Sequence[int]] | None, unit: Tensor | None, linear: int
-) -> set[int]:
-    """The size of the batch, if not 1."""
-    shapes = [tuple(t.shape) for t in (z, targets, folds.fold)]
-    sizes = {len(t) for t in (z, targets, folds.fold)} - {1}
-    if z.ndim != 3 or targets.ndim != 3 or 0 in sizes or len(sizes) > 1 or len({shape[-1] for shape in shapes}) > 1:
-        raise ValueError(f"z, targets, folds: expected (B or 1, J, n), (B or 1, q, n) and (B or 1, n), got {shapes}")
-    _, j, n = z.shape
-    if not 0 <= linear <= j:
-        raise ValueError(f"linear: expected 0 to {j} variables, got {linear}")
-    if unit is not None and unit.shape != (n,):
-        raise ValueError(f"unit: expected codes of shape ({n},), got {tuple(unit.shape)}")
-    q = targets.shape[1]
-    if uses is not None and (len(uses) != q or not all(0 <= i < j for used in uses for i in used)):
-        raise ValueError(f"uses: expected {q} sequences of numbers from 0 to {j - 1}, got {uses}")
-    return sizes
 
 
 def _crossfit(

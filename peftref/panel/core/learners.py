@@ -32,9 +32,8 @@ from numpy.typing import NDArray
 from sklearn.base import clone, is_classifier
 from torch import Tensor
 
-from .crossfit import check_shapes
 from .dummies import as_ours, check_converged, tighten, with_unit_columns
-from .folds import Folds
+from .folds import Folds, check_shapes
 from .ridge import PolynomialRidge
 
 __all__ = ["crossfit_sklearn", "follow_folds"]
