@@ -26,7 +26,7 @@ from benchmarks._timing import Row, compare
 from peftref.panel.core.columns import Panel
 from peftref.panel.core.folds import Folds, make_folds
 from peftref.panel.core.inference import standard_error
-from peftref.panel.core.ridge import monomials
+from peftref.panel.core.ridge import PolynomialRidge, monomials
 from peftref.panel.dml_panel import PanelDML
 from peftref.panel.experiments.dgp import Simulated, dgp_fuhr_papies_2024
 from peftref.panel.experiments.study import estimate
@@ -161,7 +161,7 @@ def error_row(n_units: int, n_periods: int) -> Row:
 def fitted(n_units: int, n_periods: int, n_covariates: int = 1) -> Callable[[], PanelDML]:
     frame = dgp_fuhr_papies_2024(n_units=n_units, n_periods=n_periods, n_covariates=n_covariates).frame()
     x = frame[[f"x{j + 1}" for j in range(n_covariates)]]
-    return lambda: PanelDML("cre").fit(frame["y"], frame["w"], x, frame["unit"], frame["time"])
+    return lambda: PanelDML("cre", PolynomialRidge()).fit(frame["y"], frame["w"], x, frame["unit"], frame["time"])
 
 
 def scaling_row(what: str, small: tuple[int, ...], large: tuple[int, ...], factor: float, target: float | None) -> Row:

@@ -6,7 +6,6 @@ from .baselines.linear import panel_ols as panel_ols
 from .core.columns import Frame as Frame
 from .core.columns import Panel as Panel
 from .core.columns import read_panel as read_panel
-from .core.crossfit import check_shapes as check_shapes
 from .core.crossfit import crossfit as crossfit
 from .core.estimators import Fit as Fit
 from .core.estimators import SETS as SETS
@@ -15,6 +14,7 @@ from .core.estimators import transform as transform
 from .core.estimators import variables as variables
 from .core.folds import Folds as Folds
 from .core.folds import SCHEMES as SCHEMES
+from .core.folds import check_shapes as check_shapes
 from .core.folds import make_folds as make_folds
 from .core.gram import Moments as Moments
 from .core.gram import by_fold as by_fold
@@ -22,6 +22,7 @@ from .core.gram import fit as fit
 from .core.gram import inverse_times as inverse_times
 from .core.gram import moments as moments
 from .core.gram import standardised as standardised
+from .core.inference import check_clusters as check_clusters
 from .core.inference import over_repeats as over_repeats
 from .core.inference import row_weights as row_weights
 from .core.inference import solve as solve
@@ -65,6 +66,7 @@ __all__ = [
     "Simulated",
     "aipw_score",
     "by_fold",
+    "check_clusters",
     "check_learner",
     "check_shapes",
     "crossfit",

@@ -87,6 +87,8 @@ def effect(
     if estimator in ("late", "cre_general"):
         v = demeaned(rows, v)
     if score == "IV-type":
+        level = math.fsum(w) / len(w)
+        w = [a - level for a in w]
         first = sum(a * b for a, b in zip(v, u, strict=True)) / sum(a * a for a in v)
         left = residuals(rows, for_y, [r["y"] - first * r["w"] for r in rows])
         left = demeaned(rows, left) if estimator == "late" else left

@@ -139,6 +139,10 @@ CALLS: dict[str, Callable[[], Call]] = {
         panel.standardised,
         dict(train=gram_moments(), columns=torch.tensor([0, 1]), targets=torch.tensor([3])),
     ),
+    "check_clusters": lambda: (
+        panel.check_clusters,
+        dict(layout=simulated().panel.layout, cluster="unit", stacklevel=0),
+    ),
     "over_repeats": lambda: (panel.over_repeats, dict(coefs=t(3), ses=t(3).abs())),
     "row_weights": lambda: (
         panel.row_weights,
@@ -204,6 +208,10 @@ CALLS: dict[str, Callable[[], Call]] = {
         dict(degree=2, alpha=1.0),
     ),
     "PolynomialRidge.fit": lambda: (panel.PolynomialRidge(2).fit, dict(X=t(12, 2).numpy(), y=t(12).numpy())),
+    "PolynomialRidge.fit_folds": lambda: (
+        panel.PolynomialRidge(2, [0.1, 1.0]).fit_folds,
+        dict(X=t(12, 2).numpy(), y=t(12).numpy(), fold=np.arange(12) % 3, keep=keep().numpy()),
+    ),
     "check_learner": lambda: (panel.check_learner, dict(learner=panel.PolynomialRidge(2))),
     "monomials": lambda: (panel.monomials, dict(n=2, degree=2, linear=0)),
     "polynomial": lambda: (
@@ -233,6 +241,7 @@ CALLS: dict[str, Callable[[], Call]] = {
 KERNELS = {
     "aipw_score",
     "by_fold",
+    "check_clusters",
     "fit",
     "group_sums",
     "inverse_times",

@@ -175,7 +175,8 @@ def test_without_learning_no_setting_of_the_split_counts(estimator: str) -> None
     below = model.residuals_["w", 0].pow(2).sum()
     assert_allclose(model.se_, squares["unit"] ** 0.5 / below, rtol=1e-10)
     both = fit(df, estimator, cluster="twoway")
-    assert_allclose(both.se_, (squares["unit"] + squares["time"]) ** 0.5 / below, rtol=1e-10)
+    own = psi["psi"].pow(2).sum()  # Cameron, Gelbach and Miller: what rows share with themselves is counted once
+    assert_allclose(both.se_, (squares["unit"] + squares["time"] - own) ** 0.5 / below, rtol=1e-10)
 
 
 # -- invariances
@@ -388,9 +389,56 @@ def test_each_setting_counts() -> None:
     assert len({*found.values(), fit(binary, learner=PolynomialRidge(2)).coef_}) == 4
 
 
-def test_default_learner_is_the_cubic_ridge() -> None:
+def test_default_learner_chooses_degree_and_penalty() -> None:
     df = table(30)
-    assert numbers(fit(df, learner=None)) == numbers(fit(df, learner=PolynomialRidge()))
+    for n_units, degree in ((30, 3), (9, 2)):  # 9 features for 120 rows, or 36
+        few = df[df["unit"] < n_units]
+        expected = numbers(fit(few, "pooled", PolynomialRidge(degree, [0.01, 0.1, 1.0])))
+        assert numbers(fit(few, "pooled", None)) == expected
+
+
+def test_the_default_is_cre_general() -> None:
+    assert PanelDML().estimator == "cre_general"
+    df = table(30)
+    found = PanelDML().fit(df["y"], df["w"], df[["x1", "x2"]], df["unit"], df["time"])
+    assert numbers(found) == numbers(fit(df, "cre_general", None))
+
+
+@pytest.mark.parametrize("estimator", ["cre", "early", "fd", "fe"])
+def test_predictions_are_kept(estimator: str) -> None:
+    df = table(30, balanced=False)
+    model = fit(df, estimator, repeats=1 if estimator == "fe" else 2)
+    learned = df[["y", "w"]]
+    if estimator in ("early", "fe"):
+        learned = learned - learned.groupby(df["unit"]).transform("mean")
+    elif estimator == "fd":
+        learned = learned.groupby(df["unit"]).diff()[df.groupby("unit")["time"].diff() == 1].reindex(df.index)
+    for name, r in model.residuals_:
+        assert_allclose(model.predictions_[name, r], learned[name] - model.residuals_[name, r], atol=1e-12)
+
+
+def test_nuisances_of_the_interactive_model_are_kept() -> None:
+    df = table(40, binary=True)
+    model = fit(df, "cre", model="irm", repeats=2, clip=0.2)
+    for r in range(2):
+        g0, g1, m = (model.predictions_[name, r] for name in ("g0", "g1", "m"))
+        assert_allclose(model.residuals_["y", r], df["y"] - np.where(df["w"] == 1, g1, g0), atol=1e-12)
+        assert_allclose(model.residuals_["w", r], df["w"] - m, atol=1e-12)
+        m = m.clip(0.2, 0.8)
+        psi = g1 - g0 + df["w"] * (df["y"] - g1) / m - (1 - df["w"]) * (df["y"] - g0) / (1 - m)
+        assert_allclose(model.coefs_[r], psi.mean(), rtol=1e-9)
+    assert not model.predictions_["m", 0].between(0.2, 0.8).all()
+
+
+def test_own_folds_are_on_the_rows_used() -> None:
+    df = table(20)
+    folds = make_folds(Layout.of(df["unit"], df["time"]), 5)
+    with pytest.raises(ValueError, match="^folds: expected folds of 80 differences, one for each row .* got .* 100$"):
+        fit(df, "fd", folds=folds)
+    fit(df, "fd", folds=make_folds(Layout.of(*naive_labels(df, "fd")), 5))
+    single = df[df["unit"].ne(4) | df["time"].eq(0)]
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="^folds: expected folds of 95 rows used, without"):
+        fit(single, "cre", folds=make_folds(Layout.of(single["unit"], single["time"]), 5))
 
 
 def test_a_classifier_for_the_treatment() -> None:

@@ -65,7 +65,8 @@ def test_what_a_learner_knows(estimator: str, balanced: bool, twoway: bool) -> N
         "cre_normal": (x + x_means, x + x_means + w_means),
     }[estimator]  # fmt: skip
     fit, _ = learned([estimator], df, twoway)
-    assert len(fit.uses) == 2 and fit.more == {}
+    told = {"coarse": (fit.z.shape[1] - len(x), 12)} if estimator in ("cre", "cre_normal") else {}
+    assert len(fit.uses) == 2 and fit.more == told
     assert_close(fit.targets[0], tensor(df[["y", "w"]]))
     for used, expected in zip(fit.uses, (of_y, of_w), strict=True):
         assert_close(fit.z[0, used], tensor(np.stack(expected, 1)))

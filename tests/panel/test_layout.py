@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
+from fractions import Fraction
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -225,3 +228,63 @@ def test_columns_that_are_done_early_wait_unharmed() -> None:
         exact = columns - (dummies @ torch.linalg.lstsq(dummies, columns.T, driver="gelsd").solution).T
         scale = columns.abs().amax(-1, keepdim=True)
         torch.testing.assert_close(done / scale, exact / scale, rtol=0, atol=1e-11)
+
+
+# -- labels
+
+NUMBERS = [9, 10, 11] * 2
+ORDERED = {
+    "whole": NUMBERS,
+    "floats": np.array(NUMBERS, float),
+    "objects": pd.Series(NUMBERS, dtype=object),
+    "nullable": pd.Series(NUMBERS, dtype="Int64"),
+    "dates": pd.to_datetime(["1999-09-01", "1999-10-01", "1999-11-01"] * 2),
+    "days": [datetime.date(1999, m, 1) for m in NUMBERS],
+    "periods": pd.PeriodIndex(["1999-09", "1999-10", "1999-11"] * 2, freq="M"),
+    "ordered text": pd.Categorical(["Sep", "Oct", "Nov"] * 2, categories=["Sep", "Oct", "Nov"], ordered=True),
+    "numbers as a category": pd.Categorical(NUMBERS, categories=[11, 9, 10]),
+    "pairs": pd.Series([(1999, m) for m in NUMBERS]),
+    "intervals": pd.cut(np.array(NUMBERS), [8, 9, 10, 11]),
+    "tensor": torch.tensor(NUMBERS),
+}
+UNORDERED = {
+    "digits": ["9", "10", "11"] * 2,
+    "array of digits": np.array(["9", "10", "11"] * 2),
+    "bytes": np.array([b"9", b"10", b"11"] * 2),
+    "strings": pd.Series(["9", "10", "11"] * 2, dtype="string"),
+    "months": ["Sep", "Oct", "Nov"] * 2,
+    "category of text": pd.Categorical(["t9", "t10", "t11"] * 2),
+    "mixed": pd.Series([9, "10", 11] * 2, dtype=object),
+    "pairs of text": pd.Series([(1999, "9"), (1999, "10"), (1999, "11")] * 2),
+    "complex": np.array(NUMBERS) + 0j,
+    "days and moments": [datetime.date(1999, 9, 1), datetime.datetime(1999, 10, 1), datetime.date(1999, 11, 1)] * 2,
+}
+
+
+@pytest.mark.parametrize("kind", ORDERED)
+def test_periods_are_in_the_order_of_time(kind: str) -> None:
+    assert Layout.of([0, 0, 0, 1, 1, 1], ORDERED[kind]).time.tolist() == [0, 1, 2] * 2
+    assert Layout.of([0, 0, 0, 1, 1, 1], ORDERED[kind]).order.tolist() == list(range(6))
+
+
+@pytest.mark.parametrize("kind", UNORDERED)
+def test_periods_without_an_order_in_time(kind: str) -> None:
+    with pytest.raises(TypeError, match="^time: expected "):
+        Layout.of([0, 0, 0, 1, 1, 1], UNORDERED[kind])
+
+
+def test_units_may_be_text_of_one_kind() -> None:
+    for units in (["b"] * 3 + ["a"] * 3, pd.Categorical(["10"] * 3 + ["9"] * 3), [b"b"] * 3 + [b"a"] * 3):
+        assert Layout.of(units, NUMBERS).n_units == 2
+    with pytest.raises(TypeError, match="^unit: expected labels of one kind, got int and str mixed"):
+        Layout.of([1, 1, 1, "1", "1", "1"], NUMBERS)
+    with pytest.raises(ValueError, match=r"^unit: expected one column, got shape \(6, 1\)"):
+        Layout.of(np.zeros((6, 1)), NUMBERS)
+
+
+def test_demeaning_keeps_the_digits_of_what_varies() -> None:
+    layout = Layout.of(np.repeat(np.arange(4), 10), np.tile(np.arange(10), 4))
+    years = 2000.0 + layout.time.double()
+    exact = [Fraction(int(v) ** 4) - sum(Fraction(2000 + i) ** 4 for i in range(10)) / 10 for v in years.tolist()]
+    expected = torch.tensor([float(v) for v in exact], dtype=torch.float64)
+    assert torch.allclose(within(years**4, layout), expected, rtol=1e-12, atol=1e-5)

@@ -13,7 +13,9 @@ from sklearn.linear_model import LassoCV, LinearRegression, LogisticRegression, 
 from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils import get_tags
 
+from peftref.panel.core import dummies
 from peftref.panel.core.crossfit import crossfit
 from peftref.panel.core.folds import Folds, make_folds
 from peftref.panel.core.layout import Layout
@@ -29,6 +31,12 @@ def data(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     y = z[:, 0] ** 2 + z[:, 1] + 0.1 * rng.normal(size=(1, 120))
     w = (z[:, 2] + rng.normal(size=(1, 120)) > 0) * 1.0
     return torch.from_numpy(z), torch.from_numpy(np.stack((y, w), 1))
+
+
+def takes_sparse(learner: BaseEstimator):
+    tags = Ridge().__sklearn_tags__()
+    tags.input_tags.sparse = True
+    return tags
 
 
 class Spy(RegressorMixin, BaseEstimator):
@@ -178,11 +186,76 @@ def test_a_cv_inside_a_cv_must_bring_its_own_splitter() -> None:
     assert learner.cv is None
 
 
-def test_columns_of_units_stay_sparse() -> None:
+def test_many_columns_of_units_stay_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
     z, targets = data()
+    crossfit_sklearn(z, targets[:, :1], make_folds(LAYOUT, 3, "random"), [Spy()], unit=LAYOUT.unit)
+    assert len(Spy.seen) == 3 and all(isinstance(x, np.ndarray) and x.shape[1] == 3 + 20 for x in Spy.seen)
+    Spy.seen = []
+    monkeypatch.setattr(dummies, "DENSE", 100)
+    monkeypatch.setattr(Spy, "__sklearn_tags__", takes_sparse)
     crossfit_sklearn(z, targets[:, :1], make_folds(LAYOUT, 3, "random"), [Spy()], unit=LAYOUT.unit)
     assert len(Spy.seen) == 3 and all(scipy.sparse.issparse(x) and x.shape[1] == 3 + 20 for x in Spy.seen)
     assert all((x[:, 3:].sum(1) == 1).all() for x in Spy.seen)
+
+
+def ridge_with_units(x: np.ndarray, y: np.ndarray, alpha: float, fold: np.ndarray) -> np.ndarray:
+    """Out-of-fold predictions of a ridge on x and a column for each unit: least squares on rows that stand for it."""
+    z = np.column_stack([x, np.eye(20)[LAYOUT.unit.numpy()]])
+    predicted = np.empty(len(y))
+    for k in range(int(fold.max()) + 1):
+        train, test = fold != k, fold == k
+        mean = z[train].mean(0)
+        a = np.vstack([z[train] - mean, alpha**0.5 * np.eye(z.shape[1])])
+        size = np.linalg.norm(a, axis=0)
+        b = np.concatenate([y[train] - y[train].mean(), np.zeros(z.shape[1])])
+        slope = np.linalg.lstsq(a / size, b, rcond=1e-13)[0] / size
+        predicted[test] = y[train].mean() + (z[test] - mean) @ slope
+    return predicted
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("spread", [1.0, 15000.0])
+@pytest.mark.parametrize(
+    ("learner", "alpha"),
+    [
+        (LinearRegression(), 0.0),
+        (make_pipeline(StandardScaler(), LinearRegression()), 0.0),
+        (make_pipeline(StandardScaler(with_mean=False), LinearRegression()), 0.0),
+        (Ridge(1e-3), 1e-3),
+        (GridSearchCV(Ridge(), {"alpha": [1e-3]}), 1e-3),
+    ],
+)
+def test_units_columns_are_solved_exactly(
+    learner, alpha: float, spread: float, dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    z, targets = data()
+    z = 3 * spread + spread * z[:, 1:2]
+    folds = make_folds(LAYOUT, 3, "random")
+    monkeypatch.setattr(dummies, "DENSE", 1 << 25 if dense else 100)
+    if not dense and not get_tags(learner).input_tags.sparse:
+        with pytest.raises(ValueError, match="^learner: expected one that takes sparse matrices for 120 rows and 20"):
+            crossfit_sklearn(z, targets[:, :1], folds, [learner], unit=LAYOUT.unit)
+        return
+    found = crossfit_sklearn(z, targets[:, :1], folds, [learner], unit=LAYOUT.unit)
+    expected = ridge_with_units(z[0].T.numpy(), targets[0, 0].numpy(), alpha, folds.fold[0].numpy())
+    assert np.allclose(found[0, 0], expected, rtol=0, atol=1e-8 if dense else 1e-6)
+
+
+def test_a_solver_that_stops_early_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    z, targets = data()
+    monkeypatch.setattr(dummies, "DENSE", 100)
+    with pytest.raises(ValueError, match="^learner: expected a solver that converges on 23 columns, got Ridge"):
+        crossfit_sklearn(
+            1e4 + z, targets[:, :1], make_folds(LAYOUT, 3, "random"), [Ridge(1e-3, tol=0.1)], unit=LAYOUT.unit
+        )
+
+
+def test_penalties_of_our_learner_are_compared_on_the_outer_folds() -> None:
+    z, targets = data()
+    folds = make_folds(LAYOUT, 4, "unit")
+    learner = PolynomialRidge(1, [1e-3, 1.0, 100.0])
+    found = crossfit_sklearn(z, targets[:, :1], folds, [learner])
+    assert torch.allclose(found, crossfit(z, targets[:, :1], folds, learner), rtol=0, atol=1e-9)
 
 
 def test_the_learner_given_is_never_fitted_and_inputs_stay() -> None:

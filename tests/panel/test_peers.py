@@ -52,6 +52,15 @@ def same(model: PanelDML, peer: object, rtol: float = 1e-10) -> None:
     assert_allclose([model.coef_, model.se_], [peer.coef[0], peer.se[0]], rtol=rtol)
 
 
+def levelled(df: pd.DataFrame, estimator: str = "cre") -> pd.DataFrame:
+    """The table without the treatment's mean, of its differences for "fd": DoubleML's IV-type score depends on it."""
+    if estimator != "fd":
+        return df.assign(d=df["d"] - df["d"].mean())
+    step = df.sort_values(["id", "time"])
+    step = step[["d", "time"]].diff()[step["id"].eq(step["id"].shift())]
+    return df.assign(d=df["d"] - df["time"] * step["d"][step["time"] == 1].mean())
+
+
 def with_means(df: pd.DataFrame) -> pd.DataFrame:
     means = df.groupby("id")[[*X, "d"]].transform("mean").add_suffix("_mean")
     return df.join(means)
@@ -88,7 +97,7 @@ def as_folds(unit: np.ndarray, folds: list[dict], k: int = 4) -> Folds:
 )
 def test_static_panel_models(estimator: str, approach: str, balanced: bool, score: str, learner: object) -> None:
     df = table(balanced)
-    data = DoubleMLPanelData(df, "y", "d", "time", "id", static_panel=True)
+    data = DoubleMLPanelData(levelled(df, estimator), "y", "d", "time", "id", static_panel=True)
     peer = DoubleMLPLPR(
         data, LinearRegression(), LinearRegression(), *_g(score), n_folds=4, approach=approach, score=score
     )
@@ -111,9 +120,9 @@ def _g(score: str) -> tuple:
 def test_static_panel_models_with_a_polynomial(estimator: str, approach: str, way: str, score: str) -> None:
     # Without a penalty it does not matter on which rows features are standardised; with one, each fold must fit alone.
     df = table(False, n_units=41)
-    df["d"] -= df["d"].mean()  # DoubleML adds the mean of all rows to what is left within units: see the next test
     learner = PolynomialRidge(2, 3.0 if way == "with a penalty" else 0.0)
-    data = DoubleMLPanelData(df, "y", "d", "time", "id", static_panel=True)
+    # DoubleML adds the mean of all rows to what is left within units: see the next test
+    data = DoubleMLPanelData(levelled(df, estimator), "y", "d", "time", "id", static_panel=True)
     ml_g = (learner,) if score == "IV-type" else ()
     peer = DoubleMLPLPR(data, learner, learner, *ml_g, n_folds=4, approach=approach, score=score)
     unit = np.asarray(peer._dml_data.id_var).ravel()
@@ -123,18 +132,24 @@ def test_static_panel_models_with_a_polynomial(estimator: str, approach: str, wa
     same(ours(df, estimator, **settings, folds=as_folds(np.sort(unit), folds)), peer, rtol=1e-8)
 
 
+@pytest.mark.parametrize("estimator", ["early", "pooled", "cre"])
 @pytest.mark.parametrize("score", SCORES)
-def test_the_level_of_the_treatment_is_nothing_to_early(score: str) -> None:
+def test_the_level_of_the_treatment_means_nothing(score: str, estimator: str) -> None:
     """DoubleML's IV-type score notices it when the residuals v of a learner do not sum to zero; ours never does."""
     df = table(False, n_units=41)
     folds, learner = of_units(df["id"].to_numpy()), PolynomialRidge(2, 0.0)
+    g = (learner,) if score == "IV-type" else ()
     found = []
     for shift in (0.0, 100.0):
         moved = df.assign(d=df["d"] - df["d"].mean() + shift)
-        model = ours(moved, "early", learner=learner, score=score, folds=as_folds(df["id"].to_numpy(), folds[2]))
-        data = DoubleMLPanelData(moved, "y", "d", "time", "id", static_panel=True)
-        peer = DoubleMLPLPR(data, learner, learner, *((learner,) if score == "IV-type" else ()), n_folds=4,
-                            approach="wg_approx", score=score)  # fmt: skip
+        model = ours(moved, estimator, learner=learner, score=score, folds=as_folds(df["id"].to_numpy(), folds[2]))
+        if estimator == "early":
+            data = DoubleMLPanelData(moved, "y", "d", "time", "id", static_panel=True)
+            peer = DoubleMLPLPR(data, learner, learner, *g, n_folds=4, approach="wg_approx", score=score)
+        else:
+            columns = [*X, "x1_mean", "x2_mean", "d_mean"] if estimator == "cre" else X
+            data = DoubleMLData(with_means(moved), "y", "d", columns, cluster_cols="id")
+            peer = DoubleMLPLR(data, learner, learner, *g, n_folds=4, score=score)
         found.append((model, peer.set_sample_splitting(*folds[:2]).fit()))
     (ours_0, peer_0), (ours_100, peer_100) = found
     same(ours_0, peer_0, rtol=1e-8)
@@ -147,7 +162,7 @@ def test_the_level_of_the_treatment_is_nothing_to_early(score: str) -> None:
 @pytest.mark.parametrize("estimator", ["pooled", "cre"])
 def test_clustered_by_unit(estimator: str, balanced: bool, score: str) -> None:
     df = table(balanced)
-    data = with_means(df) if estimator == "cre" else df
+    data = with_means(levelled(df)) if estimator == "cre" else levelled(df)
     columns = [*X, "x1_mean", "x2_mean", "d_mean"] if estimator == "cre" else X
     rows, clusters, folds = of_units(df["id"].to_numpy())
     peer = DoubleMLPLR(
@@ -185,8 +200,8 @@ def test_clustered_by_unit_and_period(score: str, balanced: bool, estimator: str
         ([np.unique(df[name].to_numpy()[part]) for name in ("id", "time")] for part in split) for split in splits
     ]
     peer = DoubleMLPLR(
-        DoubleMLData(df, "y", "d", columns, cluster_cols=["id", "time"]), LinearRegression(), LinearRegression(),
-        *_g(score), n_folds=2, score=score,
+        DoubleMLData(levelled(df), "y", "d", columns, cluster_cols=["id", "time"]), LinearRegression(),
+        LinearRegression(), *_g(score), n_folds=2, score=score,
     )  # fmt: skip
     peer.set_sample_splitting([splits], [[tuple(parts) for parts in clusters]])
     same(ours(df, estimator, score=score, folds=folds, cluster="twoway"), peer.fit())
@@ -197,7 +212,8 @@ def test_clustered_by_unit_and_period(score: str, balanced: bool, estimator: str
 def test_not_clustered(score: str, scheme: str) -> None:
     df = table(False)
     folds = make_folds(Layout.of(df["id"], df["time"]), 5, scheme, seed=1)
-    peer = DoubleMLPLR(DoubleMLData(df, "y", "d", X), LinearRegression(), LinearRegression(), *_g(score), score=score)
+    data = DoubleMLData(levelled(df), "y", "d", X)
+    peer = DoubleMLPLR(data, LinearRegression(), LinearRegression(), *_g(score), score=score)
     peer.set_sample_splitting([[tuple(p.numpy() for p in split) for split in folds.splits()]]).fit()
     same(ours(df, "pooled", score=score, folds=folds, cluster=None), peer)
 
@@ -284,6 +300,29 @@ def test_clustered_errors_of_fixed_effects_are_the_plain_sandwich(balanced: bool
     assert_allclose(ours(df, "fe", twoway=twoway, folds=no_split(len(df))).se_, found.loc["d", "clustered"], rtol=1e-9)
 
 
+@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize("estimator", ["fe", "pols", "fe_only", "simple_ols"])
+def test_twoway_clusters_count_what_a_row_shares_with_itself_once(estimator: str, balanced: bool) -> None:
+    df = table(balanced, n_units=40, n_periods=25)
+    formula = "y ~ d" + " + x1 + x2" * (estimator in ("fe", "pols")) + " | id" * estimator.startswith("fe")
+    peer = pyfixest.feols(formula, df, vcov={"CRV1": "id + time"}, ssc=pyfixest.ssc(k_adj=False, G_adj=False))
+    found = ours(df, estimator, cluster="twoway")
+    assert_allclose([found.coef_, found.se_], [peer.coef()["d"], peer.se()["d"]], rtol=1e-7)
+
+
+def test_a_negative_twoway_variance_is_missing() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        unit, time = np.repeat(np.arange(3), 3), np.tile(np.arange(3), 3)
+        df = pd.DataFrame({"id": unit, "time": time, "y": rng.normal(size=9), "d": rng.normal(size=9)})
+        peer = pyfixest.feols("y ~ d", df, vcov={"CRV1": "id + time"}, ssc=pyfixest.ssc(k_adj=False, G_adj=False))
+        if not peer.se()["d"] >= 0:
+            break
+    with pytest.warns(UserWarning, match="^cluster: 'twoway' has a negative variance here"):
+        found = PanelDML("simple_ols", cluster="twoway").fit(df["y"], df["d"], None, df["id"], df["time"])
+    assert np.isnan(found.se_) and np.isnan(peer.se()["d"]) and found.summary()["P>|t|"].isna().all()
+
+
 # -- linearmodels
 
 
@@ -356,6 +395,30 @@ def test_clustered_errors_of_linear_regressions(effects: str, balanced: bool) ->
     found = panel_ols(df["y"], df[["d", *X]], df["id"], df["time"], effects=effects)
     factor = len(df) / (len(df) - len(found))  # k without the fixed effects
     assert_allclose(found["clustered"] * factor**0.5, peer.std_errors[found.index], rtol=1e-8)
+    if effects == "fixed":  # k with all effects, as soon as there are two kinds
+        both = PanelOLS(y, x, entity_effects=True, time_effects=True).fit(cov_type="clustered", cluster_entity=True)
+        found = panel_ols(df["y"], df[["d", *X]], df["id"], df["time"], effects="fixed", twoway=True)
+        factor = len(df) / (len(df) - len(found) - df["id"].nunique() - df["time"].nunique() + 1)
+        assert_allclose(found["clustered"] * factor**0.5, both.std_errors[found.index], rtol=1e-8)
+
+
+def test_blocks_apart_lose_one_degree_of_freedom_too_many() -> None:
+    """As in linearmodels: one effect more is known where units and periods fall into two blocks that share neither."""
+    rng = np.random.default_rng(0)
+    rows = [(i, p) for i in range(25) for p in range(4)] + [(i, p) for i in range(25, 50) for p in range(4, 8)]
+    unit, time = np.array(rows).T
+    x, noise = rng.normal(size=(2, len(rows)))
+    y = 2 * x + rng.normal(size=50)[unit] + rng.normal(size=8)[time] + noise
+    found = panel_ols(y, x[:, None], unit, time, effects="fixed", twoway=True)
+    design = np.column_stack([x, np.eye(50)[unit], np.eye(8)[time]])
+    beta, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
+    variance = ((y - design @ beta) ** 2).sum() / (len(y) - rank)
+    exact = np.sqrt(variance * np.linalg.pinv(design.T @ design)[0, 0])
+    left = len(y) - rank
+    assert_allclose(found.loc["x0", "std err"], exact * np.sqrt(left / (left - 1)), rtol=1e-9)
+    indexed = pd.DataFrame({"unit": unit, "time": time, "x": x, "y": y}).set_index(["unit", "time"])
+    peer = PanelOLS(indexed["y"], indexed[["x"]], entity_effects=True, time_effects=True).fit()
+    assert_allclose(found.loc["x0", "std err"], peer.std_errors["x"], rtol=1e-9)
 
 
 def test_regressors_that_determine_each_other() -> None:

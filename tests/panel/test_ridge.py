@@ -5,14 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.sparse
+import torch
 from sklearn.base import clone
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import LinearRegression, Ridge
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+from peftref.panel.core.crossfit import crossfit
+from peftref.panel.core.dummies import as_ours
+from peftref.panel.core.folds import Folds
 from peftref.panel.core.ridge import PolynomialRidge
+from peftref.panel.core.shape import choose_shape
 
 
 def data(n: int = 83) -> tuple[np.ndarray, np.ndarray]:
@@ -106,3 +111,47 @@ def test_interactions_are_products_of_different_features() -> None:
     features = np.column_stack([z, z**2])
     peer = make_pipeline(StandardScaler(), Ridge(1.0)).fit(features, y)
     assert np.allclose(PolynomialRidge(2, 1.0, interactions=False).fit(x, y).predict(x), peer.predict(features))
+
+
+def test_degree_by_rows_and_columns() -> None:
+    rng = np.random.default_rng(0)
+    for rows, columns, features in ((400, 2, 9), (400, 8, 44), (400, 30, 90), (100, 30, 30), (20, 30, 30)):
+        x = rng.normal(size=(rows, columns))
+        model = PolynomialRidge("auto", "auto").fit(x, x[:, 0])
+        assert len(model.coef_) == features and (features <= rows / 2 or features == columns)
+    for setting in ({"degree": "much"}, {"alpha": "much"}):
+        with pytest.raises(ValueError, match=f"^{next(iter(setting))}: expected"):
+            PolynomialRidge(**setting).fit(x, x[:, 0])
+
+
+def test_few_groups_teach_few_features() -> None:
+    """Three variables of rows and nine of units: monomials of the latter only where units are many."""
+    auto = PolynomialRidge("auto", "auto")
+    shapes = [choose_shape(auto, 12, 4000, 9, groups) for groups in (40, 1000)]
+    assert shapes == [(3, True, 9), (3, True, 0)]
+    assert choose_shape(auto, 12, 400, 0, 0) == (2, True, 0)
+    assert choose_shape(PolynomialRidge(3), 12, 4000, 9, 40) == (3, True, 0)
+
+
+def test_what_would_not_fit_is_refused_before_it_is_built() -> None:
+    x = np.random.default_rng(0).normal(size=(5000, 61))
+    with pytest.raises(
+        ValueError, match=r"^degree: expected a polynomial that fits into 17 GB, got 41663 features of 61"
+    ):
+        PolynomialRidge(3).fit(x, x[:, 0])
+    folds = Folds(torch.arange(5000)[None] % 5, ~torch.eye(5, dtype=torch.bool))
+    z = torch.from_numpy(x.T.copy())[None]
+    with pytest.raises(ValueError, match="^degree: expected a polynomial that fits into 17 GB"):
+        crossfit(z, z[:, :1], folds, PolynomialRidge(3))
+
+
+@pytest.mark.parametrize("learner", [PolynomialRidge(1, 0.0), LinearRegression()])
+def test_least_squares_on_powers_of_years(learner: object) -> None:
+    rng = np.random.default_rng(0)
+    late = np.tile(np.arange(10.0), 30) - 4.5
+    y = 0.02 * late**3 - 0.1 * late**2 + rng.normal(size=300)
+    years = np.column_stack([(2004.5 + late) ** k for k in (1, 2, 3)])
+    expected = np.polyval(np.polyfit(late, y, 3), late)
+    assert np.allclose(as_ours(learner).fit(years, y).predict(years), expected, rtol=0, atol=1e-6)
+    repeated = np.column_stack([years, years[:, 0] * 3 + 1, np.ones(300)])
+    assert np.allclose(as_ours(learner).fit(repeated, y).predict(repeated), expected, rtol=0, atol=1e-6)

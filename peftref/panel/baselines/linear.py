@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core.columns import Panel, read_panel
+from ..core.inference import check_clusters
 from ..core.layout import Layout, group_sums, means, within
 
 __all__ = ["LINEAR", "linear_residuals", "panel_ols"]
@@ -44,13 +45,24 @@ def linear_residuals(estimator: str, panel: Panel, twoway: bool = False) -> tupl
 
 
 def project_out(a: Tensor, x: Tensor) -> Tensor:
-    """What least squares on the rows of ``x`` ``(..., J, n)``, of any rank, leaves of ``a`` ``(..., q, n)``."""
-    scale = x.square().mean(-1, keepdim=True).sqrt()
-    x = x / torch.where(scale > 0, scale, 1.0)
-    inverse = torch.linalg.pinv(x @ x.mT, hermitian=True, rtol=1e-11)
+    """What least squares on the rows of ``x`` ``(..., J, n)``, of any rank, leaves of ``a`` ``(..., q, n)``.
+
+    The rows are made orthonormal: their products would square what sets them apart, as year, year^2 and year^3 differ
+    within units by less than a millionth.
+    """
+    basis = orthonormal(x)
     for _ in range(2):  # the second pass takes what the first left by rounding
-        a = a - (a @ x.mT) @ inverse @ x
+        a = a - (a @ basis.mT) @ basis
     return a
+
+
+def orthonormal(x: Tensor) -> Tensor:
+    """An orthonormal basis ``(..., min(J, n), n)`` of the rows of ``x`` ``(..., J, n)``; zeros beyond its rank."""
+    size = x.square().sum(-1, keepdim=True).sqrt()
+    q, r = torch.linalg.qr((x / torch.where(size > 0, size, 1.0)).mT)
+    u, s, _ = torch.linalg.svd(r, full_matrices=False)
+    basis: Tensor = ((q @ u) * (s > 1e-13 * r.shape[-1] * s[..., :1]).unsqueeze(-2)).mT
+    return basis
 
 
 def panel_ols(y: Any, x: Any, unit: Any, time: Any, *, effects: str = "pooled", twoway: bool = False) -> pd.DataFrame:
@@ -68,12 +80,14 @@ def panel_ols(y: Any, x: Any, unit: Any, time: Any, *, effects: str = "pooled", 
     Returns:
         Columns ``coef``, ``std err`` and ``clustered``, a row for each regressor. ``std err`` assumes equal variances
         and has n - k degrees of freedom, as in linearmodels: k counts the intercept and the fixed effects, N of units
-        and T - 1 of periods. ``clustered``, by unit, has no small-sample factor (linearmodels multiplies the variance
-        by n / (n - k), where k leaves the fixed effects out).
+        and T - 1 of periods. Where units and periods fall into blocks that share neither, that is one too many for each
+        block after the first, and ``std err`` is a little too large, there as in pyfixest too. ``clustered``, by unit,
+        has no small-sample factor: linearmodels multiplies the variance by n / (n - k), where k leaves the effects of
+        units out, and with ``twoway`` counts all effects. With few units it is too small, with a warning below 20.
 
     Raises:
         ValueError: unknown effects, regressors that determine each other or leave no degrees of freedom, or columns
-            that :func:`~peftref.panel.core.columns.read_panel` refuses.
+            that :func:`~peftref.panel.core.columns.read_panel` refuses; a single unit.
     """
     if effects not in ("pooled", "random", "fixed"):
         raise ValueError(f"effects: expected 'pooled', 'random' or 'fixed', got {effects!r}")
@@ -87,13 +101,18 @@ def panel_ols(y: Any, x: Any, unit: Any, time: Any, *, effects: str = "pooled", 
     layout = panel.layout
     names = ["intercept", *map(str, x)]
     y = panel.y[0]
-    x = torch.cat((torch.ones_like(panel.y), panel.x[0]))
+    level = panel.x[0].mean(1, keepdim=True)
+    x = torch.cat((torch.ones_like(panel.y), panel.x[0] - level))  # the level is put back into the intercept at the end
+    digits = torch.cat((torch.ones_like(level[:1]), panel.x[0].abs().amax(1, keepdim=True))).squeeze(1)
     degrees = 0
     if effects == "fixed":
-        varies = within(x, layout, twoway).abs().amax(1) > 1e-10 * x.abs().amax(1)
+        inside = within(x, layout, twoway)
+        varies = inside.abs().amax(1) > 1e-10 * digits
+        varies[0] = False
         names = [name for name, v in zip(names, varies.tolist(), strict=True) if v]
         y = within(y, layout, twoway)
-        x = within(x[varies], layout, twoway)
+        x = inside[varies]
+        digits = digits[varies]
         degrees = layout.n_units + (layout.n_periods - 1 if twoway else 0)
     elif effects == "random":
         theta = _quasi(y, x, layout)
@@ -104,17 +123,26 @@ def panel_ols(y: Any, x: Any, unit: Any, time: Any, *, effects: str = "pooled", 
         raise ValueError(
             f"x: expected regressors that vary, and more rows, got {len(x)} for {left + len(x)} to explain"
         )
+    check_clusters(layout, "unit")
     size = x.square().sum(1).sqrt()
-    gram = (x / size[:, None]) @ (x / size[:, None]).T
-    if not torch.linalg.eigvalsh(gram)[0] > 1e-12:
+    # In columns of equal size: what they have of their own must exceed the rounding of their digits.
+    noise = 1e-15 * (digits * len(y) ** 0.5 / size).amax()
+    q, r = torch.linalg.qr((x / size[:, None]).T)
+    if not (size > 0).all() or not torch.linalg.svdvals(r)[-1] > 8 * noise + 1e-14 * len(x):
         raise ValueError(f"x: expected regressors that do not determine each other, got {', '.join(names)}")
-    inverse = torch.linalg.inv(gram) / torch.outer(size, size)
-    coef = inverse @ (x @ y)
+    root = torch.linalg.inv(r) / size[:, None]  # (X'X)^-1 = root root'
+    coef = root @ (q.T @ y)
     residual = y - coef @ x
+    score = group_sums(q.T * residual, layout.unit, layout.n_units)
+    if effects != "fixed":  # of x less its level to those of x
+        root[0] -= level.squeeze(1) @ root[1:]
+        coef[0] -= level.squeeze(1) @ coef[1:]
     variance = residual.square().sum() / left
-    score = group_sums(x * residual, layout.unit, layout.n_units)
-    errors = {"std err": variance * inverse, "clustered": inverse @ (score @ score.T) @ inverse}
-    table = {"coef": coef} | {name: v.diagonal().sqrt() for name, v in errors.items()}
+    table = {
+        "coef": coef,
+        "std err": variance.sqrt() * root.square().sum(1).sqrt(),
+        "clustered": (root @ score).square().sum(1).sqrt(),
+    }
     return pd.DataFrame({name: column.numpy() for name, column in table.items()}, index=names)
 
 
@@ -127,8 +155,7 @@ def _quasi(y: Tensor, x: Tensor, layout: Layout) -> Tensor:
         """The variance that least squares leaves. Regressors count by their rank: in a balanced panel, say, the units'
         means of period dummies repeat the intercept."""
         x = x[x.abs().amax(1) > 1e-10 * largest]
-        scaled = x / x.square().mean(1, keepdim=True).sqrt()
-        rank = int(torch.linalg.matrix_rank(scaled @ scaled.T, hermitian=True, rtol=1e-11)) if len(x) else 0
+        rank = round(orthonormal(x).square().sum().item()) if len(x) else 0
         if rows <= rank:
             raise ValueError(f"{what} than coefficients, got {rows} for {rank}")
         return project_out(y[None], x).square().sum() / (rows - rank)

@@ -27,11 +27,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .folds import Folds
-from .gram import Moments, by_fold, fit, moments, standardised
+from .folds import Folds, check_shapes
+from .gram import Moments, by_fold, can_compare, fit, moments, standardised
 from .ridge import PolynomialRidge, check_learner, monomials, polynomial, standardise
+from .shape import check_room, choose_shape
+from .spans import independent
 
-__all__ = ["check_shapes", "crossfit"]
+__all__ = ["crossfit"]
 
 CHUNK = 1 << 22  # numbers in the features of one piece of a batch
 
@@ -45,6 +47,7 @@ def crossfit(
     uses: Sequence[Sequence[int]] | None = None,
     unit: Tensor | None = None,
     linear: int = 0,
+    coarse: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """Out-of-fold predictions of several targets, from features that are built once.
 
@@ -56,6 +59,8 @@ def crossfit(
         uses: for each target the variables that predict it (all): all monomials of these only.
         unit: codes ``(n,)``: a column for each unit besides, penalised like the others (eq-dml_panel-dummies).
         linear: of the variables, so many at the end enter linearly.
+        coarse: of the variables before those, so many at the end are constant in groups, such as means of units, and
+            the number of groups: with ``degree="auto"`` a few groups teach a few features only.
 
     Returns:
         Predictions ``(B, q, n)``.
@@ -64,6 +69,8 @@ def crossfit(
         ValueError: shapes that do not fit, several penalties together with ``unit``, or a fold without training rows.
     """
     alphas = check_learner(learner)
+    if unit is not None and learner.alpha == "auto":
+        alphas = [1.0]
     if unit is not None and len(alphas) > 1:
         raise ValueError(f"alpha: expected one number where units have columns of their own, got {learner.alpha!r}")
     sizes = check_shapes(z, targets, folds, uses, unit, linear)
@@ -73,7 +80,19 @@ def crossfit(
     z = (z - location) / scale
     level = targets.mean(-1, keepdim=True)  # the Gram matrix of y itself would lose the digits that y varies in
     targets = targets - level
-    exponents = monomials(z.shape[-2] - linear, learner.degree, learner.interactions, linear)
+    keep = folds.keep.double()
+    if isinstance(learner.degree, str) or isinstance(learner.alpha, str):
+        counts = torch.stack([row.bincount(minlength=len(keep)) for row in folds.fold])
+        least = int((counts.double() @ keep.T)[counts > 0].min())
+        if len(alphas) > 1 and not can_compare(counts, folds.keep):
+            alphas = [1.0]
+    else:
+        least = z.shape[-1]
+    free = z.shape[-2] - linear
+    groups = coarse[1] * least / z.shape[-1]
+    degree, interactions, more = choose_shape(learner, free, least, coarse[0], groups)
+    check_room(free - more, degree, interactions, z.shape[-1], len(keep) + 1)
+    exponents = monomials(free - more, degree, interactions, linear + more)
     batch = max(sizes, default=1)
     chunk = max(1, CHUNK // (len(exponents) * z.shape[-1]))
     made = []
@@ -81,25 +100,6 @@ def crossfit(
         some_z, some_targets, fold = (t if len(t) == 1 else t[i : i + chunk] for t in (z, targets, folds.fold))
         made.append(_crossfit(some_z, some_targets, fold, folds.keep, exponents, alphas, uses, unit))
     return torch.cat(made) + level
-
-
-def check_shapes(
-    z: Tensor, targets: Tensor, folds: Folds, uses: Sequence[Sequence[int]] | None, unit: Tensor | None, linear: int
-) -> set[int]:
-    """The size of the batch, if not 1."""
-    shapes = [tuple(t.shape) for t in (z, targets, folds.fold)]
-    sizes = {len(t) for t in (z, targets, folds.fold)} - {1}
-    if z.ndim != 3 or targets.ndim != 3 or 0 in sizes or len(sizes) > 1 or len({shape[-1] for shape in shapes}) > 1:
-        raise ValueError(f"z, targets, folds: expected (B or 1, J, n), (B or 1, q, n) and (B or 1, n), got {shapes}")
-    _, j, n = z.shape
-    if not 0 <= linear <= j:
-        raise ValueError(f"linear: expected 0 to {j} variables, got {linear}")
-    if unit is not None and unit.shape != (n,):
-        raise ValueError(f"unit: expected codes of shape ({n},), got {tuple(unit.shape)}")
-    q = targets.shape[1]
-    if uses is not None and (len(uses) != q or not all(0 <= i < j for used in uses for i in used)):
-        raise ValueError(f"uses: expected {q} sequences of numbers from 0 to {j - 1}, got {uses}")
-    return sizes
 
 
 def _crossfit(
@@ -112,6 +112,8 @@ def _crossfit(
     uses: Sequence[Sequence[int]] | None,
     unit: Tensor | None,
 ) -> Tensor:
+    if alphas == [0.0]:
+        z, exponents, uses = independent(z, exponents, uses, targets.shape[-2])
     p = len(exponents)
     q = targets.shape[-2]
     batch = max(len(z), len(targets), len(fold))

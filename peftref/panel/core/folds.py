@@ -25,7 +25,7 @@ tensor([[False,  True],
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -36,7 +36,7 @@ from torch import Tensor
 from ..._checks import integer
 from .layout import Layout
 
-__all__ = ["SCHEMES", "Folds", "make_folds"]
+__all__ = ["SCHEMES", "Folds", "check_shapes", "make_folds"]
 
 SCHEMES = ("random", "unit", "period", "time_block", "nlo", "product")
 
@@ -148,3 +148,22 @@ def _no_empty_fold(fold: Tensor, keep: Tensor, scheme: str) -> None:
         raise ValueError(f"folds: expected rows in each fold, but the scheme {scheme!r} leaves some empty; take fewer")
     if not (sizes.double() @ keep.double().T > 0).all():
         raise ValueError(f"folds: expected training rows for each fold, but {scheme!r} leaves none; take more folds")
+
+
+def check_shapes(
+    z: Tensor, targets: Tensor, folds: Folds, uses: Sequence[Sequence[int]] | None, unit: Tensor | None, linear: int
+) -> set[int]:
+    """The size of the batch, if not 1."""
+    shapes = [tuple(t.shape) for t in (z, targets, folds.fold)]
+    sizes = {len(t) for t in (z, targets, folds.fold)} - {1}
+    if z.ndim != 3 or targets.ndim != 3 or 0 in sizes or len(sizes) > 1 or len({shape[-1] for shape in shapes}) > 1:
+        raise ValueError(f"z, targets, folds: expected (B or 1, J, n), (B or 1, q, n) and (B or 1, n), got {shapes}")
+    _, j, n = z.shape
+    if not 0 <= linear <= j:
+        raise ValueError(f"linear: expected 0 to {j} variables, got {linear}")
+    if unit is not None and unit.shape != (n,):
+        raise ValueError(f"unit: expected codes of shape ({n},), got {tuple(unit.shape)}")
+    q = targets.shape[1]
+    if uses is not None and (len(uses) != q or not all(0 <= i < j for used in uses for i in used)):
+        raise ValueError(f"uses: expected {q} sequences of numbers from 0 to {j - 1}, got {uses}")
+    return sizes

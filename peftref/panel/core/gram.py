@@ -34,6 +34,9 @@ from torch import Tensor
 __all__ = ["Moments", "by_fold", "fit", "inverse_times", "moments", "standardised"]
 
 
+PIECE = 1 << 24  # numbers in the Gram matrices of one piece of the inner models
+
+
 class Moments(NamedTuple):
     """Counts ``(..., K)``, sums ``(..., K, P)`` and Gram matrices ``(..., K, P, P)`` of the columns in each fold."""
 
@@ -72,28 +75,66 @@ def moments(columns: Tensor, counts: Tensor) -> Moments:
     return Moments(counts.to(columns.dtype), columns.sum(-1), gram)
 
 
-def fit(parts: Moments, keep: Tensor, columns: Tensor, targets: Tensor, alphas: list[float]) -> tuple[Tensor, Tensor]:
+def can_compare(counts: Tensor, keep: Tensor, scheme: Tensor | None = None) -> bool:
+    """Whether each model has rows to learn from when any of the folds that it keeps is left out.
+
+    Args:
+        counts: of the rows in each fold, ``(..., K)``.
+        keep: ``(M, K)``, which folds train which model.
+        scheme: ``(K, K)``, which folds train the model of which (as ``keep``, if that is square; else all others).
+    """
+    _, inner, trained = _left_out(keep, scheme)
+    rows = counts.double() @ trained.double().T
+    return len(inner) > 0 and bool(((rows > 0) | (counts[..., inner] == 0)).all())
+
+
+def fit(
+    parts: Moments,
+    keep: Tensor,
+    columns: Tensor,
+    targets: Tensor,
+    alphas: list[float],
+    scheme: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Slopes ``(..., K, p, q)`` and intercepts ``(..., K, q)``, each at the best of the penalties."""
     slopes, intercepts = _solve(parts.kept(keep), columns, targets, alphas)
     if len(alphas) == 1:
         return slopes[0], intercepts[0]
-    best = _inner_error(parts, keep, columns, targets, alphas).argmin(0, keepdim=True)
+    best = _inner_error(parts, keep, columns, targets, alphas, scheme).argmin(0, keepdim=True)
     slope = slopes.gather(0, best.unsqueeze(-2).expand(1, *slopes.shape[1:]))
     return slope.squeeze(0), intercepts.gather(0, best).squeeze(0)
 
 
-def _inner_error(parts: Moments, keep: Tensor, columns: Tensor, targets: Tensor, alphas: list[float]) -> Tensor:
-    """Sum over the folds that each model keeps of the squared errors when that fold is left out, ``(A, ..., K, q)``."""
-    # Model (k, j) learns what k and j both keep, and is judged on fold j. One model of all folds has no scheme.
+def _left_out(keep: Tensor, scheme: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Model (k, j) learns what k and j both keep, and is judged on fold j: the k, the j, and what each keeps."""
     k = keep.shape[1]
     outer, inner = keep.nonzero(as_tuple=True)
     trained = keep[outer] & ~torch.eye(k, dtype=torch.bool, device=keep.device)[inner]
-    if len(keep) == k:
-        trained &= keep[inner]
-    train = parts.kept(trained)
-    n, s, g = (t.index_select(1, inner) for t in parts)
-    if not ((train.n > 0) | (n == 0)).all():
+    if scheme is None and len(keep) == k > 1:
+        scheme = keep
+    return outer, inner, trained if scheme is None else trained & scheme[inner]
+
+
+def _inner_error(
+    parts: Moments, keep: Tensor, columns: Tensor, targets: Tensor, alphas: list[float], scheme: Tensor | None
+) -> Tensor:
+    """Sum over the folds that each model keeps of the squared errors when that fold is left out, ``(A, ..., K, q)``."""
+    outer, inner, trained = _left_out(keep, scheme)
+    if not can_compare(parts.n, keep, scheme):
         raise ValueError("alpha: expected enough folds to leave one out of each training set and learn from the rest")
+    each = max(1, PIECE // (len(columns) ** 2 * parts.n[..., 0].numel()))
+    shape = (len(alphas), *parts.n.shape[:-1], len(keep), len(targets))
+    total = parts.g.new_zeros(shape)
+    for some in torch.arange(len(inner), device=inner.device).split(each):
+        judged = Moments(*(t.index_select(-i, inner[some]) for t, i in zip(parts, (1, 2, 3), strict=True)))
+        error = _error(parts.kept(trained[some]), judged, columns, targets, alphas)
+        total = total.index_add(-2, outer[some], error)
+    return total
+
+
+def _error(train: Moments, judged: Moments, columns: Tensor, targets: Tensor, alphas: list[float]) -> Tensor:
+    """Squared errors ``(A, ..., K, q)`` of what the first rows teach, on the second."""
+    n, s, g = judged
     slope, intercept = _solve(train, columns, targets, alphas)
     gff = g[..., columns[:, None], columns]
     gfy = g[..., columns[:, None], targets]
@@ -104,8 +145,7 @@ def _inner_error(parts: Moments, keep: Tensor, columns: Tensor, targets: Tensor,
     quadratic = (slope * (gff @ slope)).sum(-2)
     cross = (slope * (gfy - sf.unsqueeze(-1) * intercept.unsqueeze(-2))).sum(-2)
     error = gyy + quadratic + n.unsqueeze(-1) * intercept.square() - 2 * cross - 2 * intercept * sy
-    error = torch.where(n.unsqueeze(-1) > 0, error, 0.0)  # an empty fold judges nobody
-    return error.new_zeros(*error.shape[:-2], len(keep), error.shape[-1]).index_add_(-2, outer, error)
+    return torch.where(n.unsqueeze(-1) > 0, error, 0.0)  # an empty fold judges nobody
 
 
 def _solve(train: Moments, columns: Tensor, targets: Tensor, alphas: list[float]) -> tuple[Tensor, Tensor]:

@@ -22,21 +22,52 @@ carries the spread of the splits too (eq-dml_panel-median):
 This is what DoubleML does. An older rule takes
 :math:`\sqrt{\mathrm{med}_r(\hat\sigma_r^2+(\hat\theta_r-\tilde\theta)^2)}`.
 
+Two-way clusters without folds, as of the linear estimators, take Cameron, Gelbach and Miller's variance, which counts
+what a row shares with itself once:
+
+.. math:: \hat V=\frac{\sum_i(\sum_t\psi_{it})^2+\sum_t(\sum_i\psi_{it})^2-\sum_{it}\psi_{it}^2}{(\sum\psi_a)^2} .
+
+With folds it is that of Chiang, Kato, Ma and Sasaki (2022), as in DoubleML, which subtracts nothing. None of these has
+a small-sample factor: they are pyfixest's with ``ssc(k_adj=False, G_adj=False)``.
+
 >>> over_repeats(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.5, 0.5, 0.5]))
 (2.0, 0.5)
 """
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from .folds import Folds
-from .layout import Layout
+from .layout import Layout, group_sums
 
-__all__ = ["over_repeats", "row_weights", "solve", "standard_error"]
+__all__ = ["check_clusters", "over_repeats", "row_weights", "solve", "standard_error"]
 
 CRITICAL = 1.96  # DoubleML's value
+FEW = 20  # clusters below which the normal distribution is a poor guide
+
+
+def check_clusters(layout: Layout, cluster: str | None, stacklevel: int = 3) -> None:
+    """One cluster has no standard error: its scores sum to zero at the estimate. Few have one that is too small.
+
+    Args:
+        layout: of the rows.
+        cluster: "unit", "twoway" (the fewer of units and periods count), or ``None``.
+        stacklevel: of the warning, as of ``warnings.warn``; 0 for none.
+
+    Raises:
+        ValueError: a single cluster.
+    """
+    sizes = {"unit": layout.n_units, "time": layout.n_periods} if cluster == "twoway" else {"unit": layout.n_units}
+    for name, size in sizes.items() if cluster else ():
+        if size < 2:
+            raise ValueError(f"{name}: expected two clusters or more for clustered standard errors, got {size}")
+        if size < FEW and stacklevel:
+            text = f"{name}: {size} clusters are few: standard errors are too small below about {FEW}"
+            warnings.warn(text, UserWarning, stacklevel=stacklevel)
 
 
 def row_weights(layout: Layout, folds: Folds, cluster: str | None) -> Tensor:
@@ -77,19 +108,29 @@ def solve(psi_a: Tensor, psi_b: Tensor, weights: Tensor, folds: Folds, agg: str 
 def standard_error(psi: Tensor, psi_a: Tensor, layout: Layout, folds: Folds, cluster: str | None = "unit") -> Tensor:
     """Standard errors ``(R,)`` of scores ``(R, n)`` at the estimate, and of their slopes.
 
+    They have no small-sample factor. With few clusters they are too small: 95 % intervals cover 78 % with 3 units and
+    85 % with 5, so there is a warning below 20. What two-way clusters subtract can exceed the rest, and the variance be
+    negative: the standard error is then missing, as in pyfixest, with a warning.
+
     Args:
         psi: the score at the estimated coefficient.
         psi_a: its slope.
         layout: of the rows.
         folds: of the rows.
-        cluster: "unit" (eq-dml_panel-variance), "twoway" for units and periods, with folds of the scheme "product", or
-            ``None`` for rows that are independent.
+        cluster: "unit" (eq-dml_panel-variance), "twoway" for units and periods, with folds of the scheme "product" or
+            a single fold, or ``None`` for rows that are independent.
+
+    Raises:
+        ValueError: a single cluster, or folds that cut what their scheme keeps together.
     """
+    check_clusters(layout, cluster, stacklevel=4)
     weights = row_weights(layout, folds, cluster)
     k = len(folds)
     slope = (weights * psi_a).sum(-1) / k
     if cluster is None:
         return (psi.square().mean(-1) / len(layout)).sqrt() / slope.abs()
+    if cluster == "twoway" and k == 1:
+        return _without_folds(psi, psi_a, layout)
     fold = folds.fold.expand(len(psi), -1)
     by_unit = _sums(psi, fold, layout.unit, k, layout.n_units)  # (R, K, N): the part of each unit in each fold
     if cluster == "unit":
@@ -107,6 +148,18 @@ def standard_error(psi: Tensor, psi_a: Tensor, layout: Layout, folds: Folds, clu
         squares = by_unit.square().sum(-1) + by_time.square().sum(-1)
         gamma = (torch.minimum(units, periods) / (units * periods).square() * squares).sum(1) / k
     return (gamma / size).sqrt() / slope.abs()
+
+
+def _without_folds(psi: Tensor, psi_a: Tensor, layout: Layout) -> Tensor:
+    """Standard errors ``(R,)`` by Cameron, Gelbach and Miller; missing where the variance is negative."""
+    of_unit = group_sums(psi, layout.unit, layout.n_units)
+    of_time = group_sums(psi, layout.time, layout.n_periods)
+    # Each row is in both sums of squares, and is counted once
+    squares = of_unit.square().sum(-1) + of_time.square().sum(-1) - psi.square().sum(-1)
+    if (squares < 0).any():
+        text = "cluster: 'twoway' has a negative variance here, and no standard error; take 'unit'"
+        warnings.warn(text, UserWarning, stacklevel=4)
+    return torch.where(squares < 0, torch.nan, squares.clamp(min=0).sqrt()) / psi_a.sum(-1).abs()
 
 
 def over_repeats(coefs: Tensor, ses: Tensor) -> tuple[float, float]:

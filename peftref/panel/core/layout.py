@@ -31,10 +31,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
+
+from .labels import label_codes
 
 __all__ = ["Layout", "group_sums", "means", "within"]
 
@@ -66,19 +66,20 @@ class Layout:
 
     @classmethod
     def of(cls, unit: Any, time: Any) -> Layout:
-        """The layout of two columns of labels (of any sortable type).
+        """The layout of two columns of labels: units of any sortable type, periods that have an order in time.
+
+        Args:
+            unit: labels ``(n,)``.
+            time: labels ``(n,)``: numbers, dates, ``pandas.Period`` or an ordered category. As text "10" comes before
+                "9", and April before January.
 
         Raises:
             ValueError: columns of unequal length, missing labels, or two rows of one unit in one period.
+            TypeError: periods without an order in time, or text and numbers mixed.
         """
         if len(unit) != len(time) or len(unit) == 0:
             raise ValueError(f"unit, time: expected equal, positive lengths, got {len(unit)} and {len(time)}")
-        codes = {}
-        for name, labels in (("unit", unit), ("time", time)):
-            labels = pd.Series(labels.cpu().numpy() if isinstance(labels, Tensor) else labels)
-            if labels.isna().any():
-                raise ValueError(f"{name}: expected no missing labels, got {int(labels.isna().sum())}")
-            codes[name] = torch.from_numpy(pd.factorize(labels, sort=True)[0].astype(np.int64))
+        codes = {name: label_codes(name, labels) for name, labels in (("unit", unit), ("time", time))}
         u = codes["unit"]
         t = codes["time"]
         key = u * (int(t.max()) + 1) + t
@@ -157,13 +158,14 @@ def within(a: Tensor, layout: Layout, twoway: bool = False, dim: int = -1, tol: 
             variation within units.
     """
     result = a - means(a, layout.unit, dim)
+    # Again: the first means are rounded to the digits of a, not of its variation.
+    result = result - means(result, layout.unit, dim)
     if not twoway or not a.numel():
         return result
     if layout.balanced:
         return result - means(result, layout.time, dim)  # the two projections commute: once is all
     units = _Groups(a, layout.unit, layout.n_units, dim)
     periods = _Groups(a, layout.time, layout.n_periods, dim)
-    result = result - units.means(result)  # again: the first means are rounded to the digits of a, not of its variation
     left = periods.means(result)
     # Period effects g with P_t (g - P_u g) = P_t (a - P_u a), P the means of units and of periods: on period effects
     # P_t (1 - P_u) is symmetric, and singular only where they cannot be told from unit effects.

@@ -6,6 +6,10 @@ inner split when the outer split keeps units together, or its choice is made on 
 on, left out in turn, each together with what the scheme keeps away from it. A splitter of your own is left alone. An
 ensemble that resamples its rows, such as ``BaggingRegressor``, needs one: row numbers mean nothing inside it.
 
+Least squares (``LinearRegression``) is done by our own ridge without a penalty, which does not give up columns whose
+sizes or directions are far apart, as scikit-learn's does beyond a millionth. Columns of units are in
+:mod:`peftref.panel.core.dummies`.
+
 >>> from sklearn.linear_model import LinearRegression
 >>> folds = Folds(torch.tensor([[0, 0, 1, 1]]), ~torch.eye(2, dtype=torch.bool))
 >>> z = torch.tensor([[[0.0, 1.0, 2.0, 3.0]]], dtype=torch.float64)
@@ -28,8 +32,9 @@ from numpy.typing import NDArray
 from sklearn.base import clone, is_classifier
 from torch import Tensor
 
-from .crossfit import check_shapes
-from .folds import Folds
+from .dummies import as_ours, check_converged, tighten, with_unit_columns
+from .folds import Folds, check_shapes
+from .ridge import PolynomialRidge
 
 __all__ = ["crossfit_sklearn", "follow_folds"]
 
@@ -43,6 +48,7 @@ def crossfit_sklearn(
     uses: Sequence[Sequence[int]] | None = None,
     unit: Tensor | None = None,
     linear: int = 0,
+    coarse: tuple[int, int] = (0, 0),
     within: Sequence[Tensor | None] | None = None,
     n_jobs: int | None = None,
 ) -> Tensor:
@@ -56,6 +62,7 @@ def crossfit_sklearn(
         uses: for each target the variables that predict it (all).
         unit: codes ``(n,)``: a column for each unit besides.
         linear: not used; a learner treats its columns as it will.
+        coarse: not used, likewise.
         within: for each target the training rows it may learn from, a mask ``(n,)`` (all).
         n_jobs: of joblib.
 
@@ -76,7 +83,7 @@ def crossfit_sklearn(
     table = z[0].T.cpu().numpy()
     fold = folds.fold.cpu().numpy()
     keep = folds.keep.cpu().numpy()
-    onehot = None if unit is None else _onehot(unit.cpu().numpy())
+    codes = None if unit is None else unit.cpu().numpy()
     wanted = targets.expand(repeats, -1, -1).cpu().numpy()
     q = targets.shape[1]
     allowed = [True if m is None else m.cpu().numpy() for m in within or [None] * q]
@@ -88,8 +95,8 @@ def crossfit_sklearn(
     def job(r: int, k: int, t: int) -> tuple[Any, ...]:
         train, test = rows(r, k, t)
         features = table[:, columns[t]]
-        if onehot is not None:
-            features = scipy.sparse.hstack([features, onehot], "csr")
+        if codes is not None:
+            features = with_unit_columns(features, codes, learners[t])
         return learners[t], features[train], wanted[r, t, train], features[test], fold[r, train], keep
 
     cells = [(r, k, t) for r, k, t in product(range(repeats), range(len(keep)), range(q)) if (fold[r] == k).any()]
@@ -112,7 +119,14 @@ def crossfit_sklearn(
 def _fit_predict(
     learner: Any, x: NDArray[Any], y: NDArray[Any], new: NDArray[Any], fold: NDArray[Any], keep: NDArray[Any]
 ) -> NDArray[Any]:
-    model = follow_folds(clone(learner), fold, keep).fit(x, y)
+    model = follow_folds(tighten(clone(learner)), fold, keep)
+    model = model if scipy.sparse.issparse(x) else as_ours(model)
+    if type(model) is PolynomialRidge:
+        model.fit_folds(x, y, fold, keep)  # its penalties are compared on the outer folds too
+    else:
+        model.fit(x, y)
+    if scipy.sparse.issparse(x):
+        check_converged(model, x, y)
     if is_classifier(model):
         probability: NDArray[Any] = model.predict_proba(new)[:, 1]
         return probability
@@ -153,8 +167,3 @@ def follow_folds(learner: Any, fold: NDArray[Any], keep: NDArray[Any] | None = N
 
 def _is_number_or_none(value: Any) -> bool:
     return value is None or (isinstance(value, Integral) and not isinstance(value, bool))
-
-
-def _onehot(codes: NDArray[Any]) -> scipy.sparse.csr_matrix:
-    ones = np.ones(len(codes))
-    return scipy.sparse.csr_matrix((ones, (np.arange(len(codes)), codes)), shape=(len(codes), codes.max() + 1))

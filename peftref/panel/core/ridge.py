@@ -22,7 +22,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from ..._checks import integer
-from .gram import by_fold, fit, moments
+from .gram import by_fold, can_compare, fit, moments
+from .shape import PENALTIES, check_room, choose_shape, well_conditioned
 
 __all__ = ["PolynomialRidge", "check_learner", "monomials", "polynomial", "standardise"]
 
@@ -34,33 +35,73 @@ class PolynomialRidge(RegressorMixin, BaseEstimator):
     all folds and repetitions at once (:func:`peftref.panel.core.crossfit.crossfit`).
 
     Args:
-        degree: of the polynomial, >= 1.
+        degree: of the polynomial, >= 1; "auto" takes the first of these: cubic, if there are five training rows for
+            each monomial; quadratic, both without products of different features, if there are two; linear.
         alpha: penalty on the squared coefficients, >= 0 (as in scikit-learn: not divided by the number of rows); of
-            several, cross-validation chooses one for each model.
+            several, cross-validation chooses one for each model. "auto" lets it choose from 0.01 to 1; it is 1 where
+            there are too few folds to choose by, or a column for each unit.
         interactions: products of different features too.
     """
 
-    def __init__(self, degree: int = 3, alpha: float | Sequence[float] = 1.0, interactions: bool = True) -> None:
+    def __init__(
+        self, degree: int | str = 3, alpha: float | str | Sequence[float] = 1.0, interactions: bool = True
+    ) -> None:
         self.degree = degree
         self.alpha = alpha
         self.interactions = interactions
 
     def fit(self, X: NDArray[Any], y: NDArray[Any]) -> PolynomialRidge:  # noqa: N803 (scikit-learn's name)
         """Fit ``(n, J)`` to ``(n,)``; several ``alpha`` are compared on five folds of rows, in the order given."""
+        return self.fit_folds(X, y)
+
+    def fit_folds(
+        self,
+        X: NDArray[Any],  # noqa: N803
+        y: NDArray[Any],
+        fold: NDArray[Any] | None = None,
+        keep: NDArray[Any] | None = None,
+    ) -> PolynomialRidge:
+        """Fit, and compare several ``alpha`` by leaving out the folds present in ``fold`` in turn.
+
+        Args:
+            X: features ``(n, J)``.
+            y: target ``(n,)``.
+            fold: of each row, ``(n,)`` (five folds of rows).
+            keep: ``(K, K)``, which folds train the model of which (all others).
+        """
         alphas = check_learner(self)
-        least = min(2, len(alphas))
-        X, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True, ensure_min_samples=least)  # noqa: N806
+        several = len(alphas) > 1 and not isinstance(self.alpha, str)
+        X, y = validate_data(  # noqa: N806
+            self, X, y, dtype=np.float64, y_numeric=True, ensure_min_samples=2 if several else 1
+        )
         z = torch.tensor(X.T)
         target = torch.tensor(y, dtype=torch.float64)[None]
         self._location, self._scale = standardise(z)
         self._level = target.mean()  # the Gram matrix of y itself would lose the digits that y varies in
-        self._exponents = monomials(len(z), self.degree, self.interactions)
+        shape = choose_shape(self, len(z), z.shape[-1])[:2]
+        check_room(len(z), *shape, z.shape[-1], 5)
+        self._exponents = monomials(len(z), *shape)
         f = polynomial((z - self._location) / self._scale, self._exponents)
-        fold = torch.arange(z.shape[-1]) % (5 if len(alphas) > 1 else 1)
-        parts = moments(*by_fold(torch.cat((f, target - self._level))[None], fold[None], int(fold.max()) + 1)[:2])
+        scheme = None
+        folds = torch.arange(z.shape[-1]) % 5
+        if fold is not None:
+            present, codes = np.unique(fold, return_inverse=True)
+            folds = torch.from_numpy(codes)
+            scheme = None if keep is None else torch.from_numpy(keep[np.ix_(present, present)])
+        if len(alphas) == 1:  # all rows in one
+            folds = torch.zeros_like(folds)
+            scheme = None
+        basis, back = well_conditioned(f[None]) if alphas == [0.0] else (f[None], None)
+        rows = torch.cat((basis[0], target - self._level))
+        parts = moments(*by_fold(rows[None], folds[None], int(folds.max()) + 1)[:2])
         every = torch.ones(1, len(parts.n[0]), dtype=torch.bool)  # one model, from all the folds
-        columns = torch.arange(len(self._exponents))
-        slope, intercept = fit(parts, every, columns, torch.tensor([len(columns)]), alphas)
+        if isinstance(self.alpha, str) and not can_compare(parts.n, every, scheme):
+            alphas = [1.0]
+        columns = torch.arange(len(basis[0]))
+        slope, intercept = fit(parts, every, columns, torch.tensor([len(columns)]), alphas, scheme)
+        if back is not None:  # from the well-conditioned columns, less their means, to the monomials
+            slope = back[0].mT @ slope
+            intercept = intercept - (slope[..., 0] * f.mean(-1)).sum(-1, keepdim=True)
         self.coef_ = slope[0, 0, :, 0].numpy()
         self.intercept_ = float(intercept[0, 0, 0] + self._level)
         return self
@@ -76,7 +117,10 @@ class PolynomialRidge(RegressorMixin, BaseEstimator):
 
 def check_learner(learner: PolynomialRidge) -> list[float]:
     """The penalties of a learner, after checking its settings."""
-    integer("degree", learner.degree, 1)
+    if not isinstance(learner.degree, str) or learner.degree != "auto":
+        integer("degree", learner.degree, 1)
+    if isinstance(learner.alpha, str) and learner.alpha == "auto":
+        return list(PENALTIES)
     try:
         alphas = np.ravel(np.asarray(learner.alpha, dtype=float)).tolist()
     except (TypeError, ValueError):

@@ -153,7 +153,10 @@ def intervals(
 def by_bins(datasets: int) -> Table:
     """Estimates of cre with a ridge, and with boosted trees that see each feature exactly or in few bins."""
     trees = {"max_depth": 4, "learning_rate": 0.2, "min_samples_leaf": 1, "random_state": 0}
-    learners = {"cubic ridge": None, "boosting, exact splits": GradientBoostingRegressor(n_estimators=50, **trees)}
+    learners = {
+        "cubic ridge": PolynomialRidge(),
+        "boosting, exact splits": GradientBoostingRegressor(n_estimators=50, **trees),
+    }
     for bins in (255, 63):
         histogram = HistGradientBoostingRegressor(max_iter=50, max_bins=bins, max_leaf_nodes=None, **trees)
         learners[f"boosting, {bins} bins"] = histogram
