@@ -67,6 +67,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import integer, number, one_of
+from .._taps import features_of
 from .._wrapped import unwrapped
 from ..data import Split
 from ..fitting import batches
@@ -110,11 +111,7 @@ def embed(model: Any, x: Tensor) -> Tensor:
     model = unwrapped(model)
     if x.ndim < 2:
         raise ValueError(f"x: expected a batch (N, ...), got shape {tuple(x.shape)}")
-    if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
-        x = model.forward_head(model.forward_features(x), pre_logits=True)
-    else:
-        x = model(x)
-    return tensor_of(x, "features (N, d)").flatten(1)
+    return tensor_of(features_of(model, x), "features (N, d)").flatten(1)
 
 
 def first_session(

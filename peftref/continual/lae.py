@@ -63,6 +63,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import at_least_float32, number, one_of, upcast
+from .._taps import features_of
 from ..adapters.core.host import Host
 from ..adapters.core.injection import activate, adapters, install
 from ..data import Split
@@ -226,7 +227,7 @@ class LAE(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Pooled features before the head, ``(N, d)``."""
-        return tensor_of(self.model.forward_head(self.model.forward_features(x), pre_logits=True), "features (N, d)")
+        return tensor_of(features_of(self.model, x), "features (N, d)")
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """One step of head, online copy and offline copy on images of the new classes; the loss, before it."""

@@ -16,8 +16,6 @@ from .core.called import check_called as check_called
 from .core.copies import own_copy as own_copy
 from .core.graphs import Neighbours as Neighbours
 from .core.graphs import affinity as affinity
-from .core.taps import has_head as has_head
-from .core.taps import tapped as tapped
 from .core.views import RandomViews as RandomViews
 from .core.views import View as View
 from .core.views import apply_view as apply_view
@@ -71,7 +69,6 @@ __all__ = [
     "error_by_domain",
     "freeze",
     "gradient_step",
-    "has_head",
     "laplacian_assign",
     "mean_error",
     "mean_recall",
@@ -83,7 +80,6 @@ __all__ = [
     "run_seeds",
     "running_error",
     "summary",
-    "tapped",
     "use_batch_statistics",
     "vote_update",
 ]

@@ -51,10 +51,10 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import at_least_float32, integer, number
+from .._taps import has_head, tapped
 from .._wrapped import plain_name
 from .core.adapted import Adapted
 from .core.graphs import Neighbours, affinity, check_graph, check_matrix, votes
-from .core.taps import has_head, tapped
 
 __all__ = ["Assignment", "LAME", "energy", "laplacian_assign", "vote_update"]
 

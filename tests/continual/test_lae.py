@@ -395,9 +395,9 @@ def test_every_setting_matters():
 def test_an_epoch_drops_what_does_not_fill_a_batch_unless_told():
     method = taught(tasks=1)
     method.begin_task(2)
-    options = {"epochs": 1, "batch_size": 23, "generator": gen()}
+    options = {"epochs": 1, "batch_size": 22, "generator": gen()}
     assert len(method.learn(task(2), **options)) == 1
-    assert len(method.learn(task(2), drop_last=False, **options)) == 2  # the last batch has one image
+    assert len(method.learn(task(2), drop_last=False, **options)) == 2  # the last batch has two images
     assert len(method.learn(task(2), epochs=0, generator=gen())) == 0
 
 

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..._wrapped import unwrapped
-from ...data import Split
-from ...fitting import batches
 
 
 def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
@@ -69,23 +67,10 @@ def timms(model: nn.Module) -> Any:
     return inner
 
 
-def dealt(split: Split, batch_size: int, *, epochs: int, generator: torch.Generator, join: bool) -> Iterator[Split]:
-    """:func:`peftref.fitting.batches`; with ``join`` a rest of one image comes with the batch before it."""
-    waiting: Split | None = None
-    for batch in batches(split, batch_size, epochs=epochs, generator=generator):
-        if waiting is not None and join and len(batch.y) == 1:
-            batch = Split(*(torch.cat(pair) for pair in zip(waiting, batch, strict=True)))
-        elif waiting is not None:
-            yield waiting
-        waiting = batch
-    if waiting is not None:
-        yield waiting
+def refuse_lonely_images(model: nn.Module, sizes: Sequence[int], batch_size: int, x: Tensor) -> None:
+    """Refuse batches of one image where BatchNorm cannot train on one; the model is tried, and left as it was.
 
-
-def needs_two(model: nn.Module, sizes: Sequence[int], batch_size: int, x: Tensor) -> bool:
-    """Whether a rest of one image has to be joined to the batch before it: BatchNorm may refuse to train on one.
-
-    The model is tried on one image, and left as it was, only where there is such a rest.
+    A rest of one image is none: it comes with the batch before it, see :func:`peftref.fitting.batches`.
 
     Args:
         model: to be trained.
@@ -94,23 +79,19 @@ def needs_two(model: nn.Module, sizes: Sequence[int], batch_size: int, x: Tensor
         x: one image, ``(1, ...)``.
 
     Raises:
-        ValueError: it refuses one image, and a batch of one has none before it.
+        ValueError: it refuses one image.
     """
-    lonely = batch_size == 1 or 1 in sizes
     normed = any(hasattr(m, "running_mean") for m in model.modules())
-    if not normed or not (lonely or any(n % batch_size == 1 for n in sizes)):
-        return False
+    if not normed or (batch_size > 1 and 1 not in sizes):
+        return
     inner = unwrapped(model)
     buffers = {name: b.clone() for name, b in inner.named_buffers()}
     try:
         with in_mode(inner, True), torch.no_grad(), torch.random.fork_rng():
             functional_call(inner, buffers, (x,))
     except ValueError as error:
-        if lonely:
-            got = f"batch_size {batch_size} and tasks of {list(sizes)} images"
-            raise ValueError(f"tasks: expected two images or more in every batch ({error}), got {got}") from None
-        return True
-    return False
+        got = f"batch_size {batch_size} and tasks of {list(sizes)} images"
+        raise ValueError(f"tasks: expected two images or more in every batch ({error}), got {got}") from None
 
 
 @contextmanager

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ..._checks import number
 from ...data import Split
-from ...fitting import check_batches
-from ._steps import dealt, descend, finite_images, needs_two
+from ...fitting import batches, check_batches
+from ._steps import descend, finite_images, refuse_lonely_images
 from .metrics import evaluate
 from .rule import FineTune
 from .streams import Task
@@ -70,7 +70,7 @@ def learn(
         ValueError: nothing to train, no images, images that are not finite, batches of one image that the model's
             BatchNorm cannot train on, or a number out of range; before the model is touched.
     """
-    join = _check(model, tasks, lr=lr, batch_size=batch_size, epochs=epochs)
+    _check(model, tasks, lr=lr, batch_size=batch_size, epochs=epochs)
     generator = torch.Generator().manual_seed(seed)
     steps = optimizer([p for p in model.parameters() if p.requires_grad], lr=lr)
     rows = []
@@ -80,7 +80,7 @@ def learn(
         rule.begin_task(t, classes)
         before(t)
         model.train()
-        for x, y in dealt(task.train, batch_size, epochs=epochs, generator=generator, join=join):
+        for x, y in batches(task.train, batch_size, epochs=epochs, generator=generator):
             descend(rule.loss(model, x, y), steps)
             rule.observe(x, y)
         model.eval()
@@ -128,8 +128,7 @@ def joint(
     return evaluate(model, tasks)
 
 
-def _check(model: nn.Module, tasks: Sequence[Task], *, lr: float, batch_size: int, epochs: int) -> bool:
-    """Whether a rest of one image is to be joined to the batch before it."""
+def _check(model: nn.Module, tasks: Sequence[Task], *, lr: float, batch_size: int, epochs: int) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not any(p.requires_grad for p in model.parameters()):
@@ -141,4 +140,4 @@ def _check(model: nn.Module, tasks: Sequence[Task], *, lr: float, batch_size: in
     check_batches(batch_size, epochs)
     for t, task in enumerate(tasks):
         finite_images(task.train.x, f"tasks[{t}].train.x")
-    return needs_two(model, [len(task.train.y) for task in tasks], batch_size, tasks[0].train.x[:1])
+    refuse_lonely_images(model, [len(task.train.y) for task in tasks], batch_size, tasks[0].train.x[:1])

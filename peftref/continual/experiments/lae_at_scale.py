@@ -66,6 +66,9 @@ class Centred(nn.Module):
         h = self.model.forward_head(h, pre_logits=pre_logits)
         return h
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
 
 def run_at_scale(
     model: nn.Module,

@@ -8,12 +8,39 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["has_head", "tapped"]
-
 
 def has_head(model: nn.Module) -> bool:
     """Whether a module of the model speaks timm's protocol."""
     return bool(_timm_like(model))
+
+
+def features_of(model: nn.Module, x: Tensor) -> Any:
+    """What the model's forward hands to the classifier at its end, timm's ``pre_logits``; its output if it has none.
+
+    The model itself runs, with its hooks and a forward of its own; only the classifier does not.
+
+    Raises:
+        ValueError: a model with timm's ``forward_head`` that its forward does not call.
+    """
+    if not has_head(model):
+        return model(x)
+    seen: list[Any] = []
+
+    def instead(whole: Callable[..., Any]) -> Callable[..., Any]:
+        def forward_head(h: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.append(whole(h, pre_logits=True))
+            return seen[-1]
+
+        return forward_head
+
+    release = _replace_heads(model, instead)
+    try:
+        model(x)
+    finally:
+        release()
+    if not seen:
+        raise ValueError(f"model: expected a forward that calls forward_head, got a {type(model).__name__}")
+    return seen[-1]
 
 
 @contextmanager
@@ -54,8 +81,6 @@ def _on_layer(layer: nn.Module, seen: list[Callable[[], Any]]) -> Callable[[], N
 
 def _on_heads(model: nn.Module, seen: list[Callable[[], Any]]) -> Callable[[], None]:
     """The outermost ``forward_head`` that is called counts: one inside a wrapper serves as well."""
-    found = _timm_like(model)
-    own = {module: module.__dict__["forward_head"] for module in found if "forward_head" in module.__dict__}
 
     def watched(whole: Callable[..., Any]) -> Callable[..., Any]:
         def forward_head(h: Any, *args: Any, **kwargs: Any) -> Any:
@@ -64,6 +89,14 @@ def _on_heads(model: nn.Module, seen: list[Callable[[], Any]]) -> Callable[[], N
 
         return forward_head
 
+    return _replace_heads(model, watched)
+
+
+def _replace_heads(model: nn.Module, other: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
+    """Put another ``forward_head`` in each place; what is returned puts things right again."""
+    found = _timm_like(model)
+    own = {module: module.__dict__["forward_head"] for module in found if "forward_head" in module.__dict__}
+
     def release() -> None:
         for module in found:
             del module.__dict__["forward_head"]
@@ -71,7 +104,7 @@ def _on_heads(model: nn.Module, seen: list[Callable[[], Any]]) -> Callable[[], N
             module.__dict__["forward_head"] = whole
 
     for module in found:
-        module.__dict__["forward_head"] = watched(module.forward_head)
+        module.__dict__["forward_head"] = other(module.forward_head)
     return release
 
 
