@@ -31,12 +31,12 @@ argument            here                      paper                    shape
 ``kappa``           :math:`\kappa`            :math:`\kappa`           scalar in [0, 1]
 ==================  ========================  =======================  ===============
 
-Differs from the official code: the step size is a closed form of the stored number of batches, so a run goes on after
-a checkpoint where it stood (there the recursion starts anew), and counting starts at 0 for every kappa, also on a
-BatchNorm that was trained before; task identities are given for one batch and cleared after it; they are never
-guessed from labels; a batch that is not finite leaves the running statistics as they were. As there: the running
-variance averages biased variances; a seen task that is absent from a batch keeps its weight, so the weights of the
-batch sum to less than 1 (``renormalize=True`` deals it out to the others).
+Differs from the official code (``lvyilin/AdaB2N@9aaba7e:models/utils/adab2n.py``): the step size is a closed form of
+the stored number of batches, so a run goes on after a checkpoint where it stood (there the recursion starts anew), and
+counting starts at 0 for every kappa, also on a BatchNorm that was trained before; task identities are given for one
+batch and cleared after it; they are never guessed from labels; a batch that is not finite leaves the running statistics
+as they were. As there: the running variance averages biased variances; a seen task that is absent from a batch keeps
+its weight, so the weights of the batch sum to less than 1 (``renormalize=True`` deals it out to the others).
 
 >>> [round(float(eta(k, 0.1, kappa=0.5)), 4) for k in (1, 2, 3, 1000)]
 [0.3162, 0.25, 0.2086, 0.0513]

@@ -1,7 +1,7 @@
 r"""LAE (learning, accumulation, ensemble): a fast and a slow copy of any small module, which vote.
 
 Gao, Zhao, Sun, Xi, Zhang, Ghanem, Zhang, "A Unified Continual Learning Framework with General Parameter-Efficient
-Tuning", ICCV 2023, arXiv 2303.10070; code: github.com/gqk/LAE.
+Tuning", ICCV 2023, arXiv 2303.10070; code: github.com/gqk/LAE, read at commit 1680e49.
 
 A frozen backbone with a small trained module :math:`\theta` (an adapter, LoRA or prefix) meets tasks of new classes;
 each brings a block of its own to a linear head. The *online* copy learns with a softmax over the new classes

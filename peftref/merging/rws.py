@@ -30,11 +30,12 @@ argument                   here                  paper                shape
 ``strength``, ``weights``  :math:`\alpha_c`      :math:`\alpha`       scalars
 =========================  ====================  ===================  ============
 
-Differs from the official code: two dot products for each tensor, where it builds a d x d projector; a tensor that
-clean training left as it was gives :math:`\rho_c=\tau_c` (there: NaN); the strength acts once, as in the paper
-(there: twice, so that 0.5 adds a quarter; ``official_scale=True``), and multiplies explicit weights (there: they
-replace it); layers are units of the network's structure, or any names you list (there: order and names of the state
-dict); taking a patch off restores every bit; no input is changed.
+Differs from the official code (``VITA-Group/Robust_Weight_Signatures@4c796da:model_patching.py``): two dot products for
+each tensor, where it builds a d x d projector; a tensor that clean training left as it was gives :math:`\rho_c=\tau_c`
+(there: NaN); the strength acts once, as in the paper (there: twice, so that 0.5 adds a quarter;
+``official_scale=True``), and multiplies explicit weights (there: they replace it); layers are units of the network's
+structure, or any names you list (there: order and names of the state dict); taking a patch off restores every bit; no
+input is changed.
 
 The two directions that leave the start have names in the chapter (eq-rws-directions).
 

@@ -15,9 +15,10 @@ Continual Learning", NeurIPS 2020, arXiv 2004.07211; ER-ACE: Caccia et al., "New
 Representation Change in Online Continual Learning", ICLR 2022, arXiv 2104.05025.
 
 All parts of a batch go through the network in *one* forward pass of the concatenation (``forwards="one"``): a third of
-the calls, and BatchNorm sees old and new samples together. The published codes of ER, DER++ and ER-ACE call the
-network once for each part (``"each"``). The published mask of ER-ACE counts the classes seen batch by batch and also
-lets the largest of them compete; the two masks agree whenever a batch has the last class of its task in it.
+the calls, and BatchNorm sees old and new samples together. The published codes of DER++ and ER-ACE call the network
+once for each part (``"each"``; ``lvyilin/AdaB2N@9aaba7e:models/derpp.py#L47-L60``, and ``models/er_ace.py#L54-L73``, of
+which the mask is in lines 51 to 60). The published mask of ER-ACE counts the classes seen batch by batch and also lets
+the largest of them compete; the two masks agree whenever a batch has the last class of its task in it.
 
 >>> z = torch.tensor([[2.0, 1.0, 0.0, 0.0]])
 >>> ace_mask(z, torch.tensor([0]), seen=2)  # class 1 is old and not in this batch; 2 and 3 are yet to come

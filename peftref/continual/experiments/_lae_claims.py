@@ -1,4 +1,8 @@
-"""The claims of LAE's experiment: which copy of which arm is held against which other one."""
+"""The claims of LAE's experiment: which copy of which arm is held against which other one.
+
+The abstract says which tasks each copy is good at: the online one the new tasks, the offline one the old. The other
+comparisons are ours.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +44,10 @@ def asked(pets: Sequence[str]) -> list[tuple[str, str, str, tuple[Arm, str], tup
         found += [
             (f"LAE over sequential, {pet}", "ours", "last", vote, (("sequential", pet), "online")),
             (f"LAE over sequential with the local loss, {pet}", "ours", "last", vote, ((LOCAL, pet), "online")),
-            (f"the vote over the online copy, {pet}", "text", "last", vote, fast),
-            (f"LAE over a module that is never trained, {pet}", "text", "last", vote, never),
-            (f"the offline copy over the online one, old classes, {pet}", "text", "old", slow, fast),
-            (f"the online copy over the offline one, new classes, {pet}", "text", "new", fast, slow),
+            (f"the vote over the online copy, {pet}", "ours", "last", vote, fast),
+            (f"LAE over a module that is never trained, {pet}", "ours", "last", vote, never),
+            (f"the offline copy over the online one, old classes, {pet}", "abstract", "old", slow, fast),
+            (f"the online copy over the offline one, new classes, {pet}", "abstract", "new", fast, slow),
         ]
     vote = ("LAE", "Adapter"), "ensemble"
     mean = ("LAE", "Adapter"), "mean vote"
@@ -51,9 +55,9 @@ def asked(pets: Sequence[str]) -> list[tuple[str, str, str, tuple[Arm, str], tup
     digits = ("LAE, digits", "Adapter"), "ensemble"
     return [
         *found,
-        ("a calibrated prefix over one that is not", "text", "last", prefix, (("LAE", PLAIN), "ensemble")),
-        ("frozen epochs over none, Adapter", "text", "last", vote, (("none frozen", "Adapter"), "ensemble")),
-        ("the local loss over the global, Adapter", "text", "last", vote, (("global loss", "Adapter"), "ensemble")),
+        ("a calibrated prefix over one that is not", "ours", "last", prefix, (("LAE", PLAIN), "ensemble")),
+        ("frozen epochs over none, Adapter", "ours", "last", vote, (("none frozen", "Adapter"), "ensemble")),
+        ("the local loss over the global, Adapter", "ours", "last", vote, (("global loss", "Adapter"), "ensemble")),
         ("the maximum over the mean, Adapter", "ours", "last", vote, mean),
         ("LAE over never trained, digits, Adapter", "ours", "last", digits, (("frozen, digits", "Adapter"), "online")),
     ]

@@ -1,8 +1,9 @@
 r"""AdaB2N with a large backbone: what the guarded cell of the chapter runs.
 
-The online protocol of the published code: one epoch, batches of 10, DER++ with twice 10 replayed, plain SGD; images
-are stored as they came, and cropped and mirrored at random whenever they are used. The network is a ResNet-18 for
-small images: its first convolution is 3 x 3 without stride, and there is no pooling after it.
+The online protocol of the published code (``lvyilin/AdaB2N@9aaba7e``): one epoch, batches of 10, DER++ with twice 10
+replayed, plain SGD; images are stored as they came, and cropped and mirrored at random whenever they are used. The
+network is a ResNet-18 for small images: its first convolution is 3 x 3 without stride, and there is no pooling after
+it.
 
 >>> from peftref.data import load
 >>> from peftref.continual.core.streams import class_incremental

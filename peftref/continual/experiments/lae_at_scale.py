@@ -1,9 +1,9 @@
 r"""LAE with a large backbone: what the guarded cell of the chapter runs.
 
-The protocol of the published code for CIFAR-100: images of 32 pixels enlarged to the backbone's size, a random crop and
-flip for training, 256 pixels and the middle 224 for testing, values in [0, 1] *without* mean and standard deviation;
-classes in their stored order, batches of 24, a constant learning rate of 0.0028125; modules in the first five blocks.
-Accuracy is over the test images of all classes seen.
+The protocol of the published code (``gqk/LAE@1680e49:config/base/cifar100_order1.yaml``) for CIFAR-100: images of 32
+pixels enlarged to the backbone's size, a random crop and flip for training, 256 pixels and the middle 224 for testing,
+values in [0, 1] *without* mean and standard deviation; classes in their stored order, batches of 24, a constant
+learning rate of 0.0028125; modules in the first five blocks. Accuracy is over the test images of all classes seen.
 
 >>> from peftref.data import load
 >>> from peftref.models.vit import pretrained_vit

@@ -1,6 +1,7 @@
 r"""Signatures stored in few levels: each tensor as whole numbers and the two ends of its range.
 
-The official code of Cai, Zhang, Wang, ICML 2023 (:mod:`peftref.merging.rws`) stores a signature in q *levels* (q = 16
+The official code of Cai, Zhang, Wang, ICML 2023 (:mod:`peftref.merging.rws`), in
+``VITA-Group/Robust_Weight_Signatures@4c796da:quantize_utils/func.py``, stores a signature in q *levels* (q = 16
 is 4 bits). On a scale g the range of a tensor x is divided evenly, and each entry moves to the nearest of m levels
 (eq-rws-quantise):
 

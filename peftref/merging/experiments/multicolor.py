@@ -1,7 +1,8 @@
 r"""MultiColorMNIST: a digit amid 32 coloured patches, each of which alone tells the class, until it does not.
 
 Lin, Tan, Hao, Wong, Dong, Zhang, Yang, Zhang, "Spurious Feature Diversification Improves Out-of-distribution
-Generalization", ICLR 2024, arXiv 2309.17230, and its official code.
+Generalization", ICLR 2024, arXiv 2309.17230, and its official code,
+``linyongver/SpuriousFeatureDiversification@5aad511:submit_main.py``.
 
 The digit, 14 x 14, stands in the middle of a 42 x 42 picture. The eight cells around it are cut into four patches of
 7 x 7 each. Every patch has its own map from the ten classes to ten colours, a random permutation, drawn once. For

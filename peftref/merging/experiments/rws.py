@@ -19,7 +19,7 @@ from ...results import finding
 from . import rws_studies as studies
 from .corrupted import DOMAINS
 from .rws_at_scale import cifar_start, run_at_scale
-from .rws_networks import FOUR, GRID, LINE, PARTS, RIVALS, relative_change
+from .rws_networks import FOUR, GRID, LINE, PARTS, RIVALS, change_per_entry, relative_change
 from .rws_studies import MIXES
 
 THREE = ["gaussian_noise", "defocus_blur", "contrast"]
@@ -65,6 +65,7 @@ def _families(
         "far": per_seed(studies.far_start, every),
         "batchnorm": per_seed(studies.with_batchnorm, every, over=normed),
         "change": per_seed(relative_change),
+        "change per entry": per_seed(change_per_entry),
     }
     source = load("fashion8k")
     hosts = load(digits)
@@ -104,7 +105,17 @@ def _rows(arrays: dict[str, Any]) -> list[dict[str, Any]]:
         level = {a: first.mean(), b: second.mean()}
         return finding(what, (first - second).tolist(), where=where, unit="points", level=level)
 
-    change = np.array(arrays["change"])[:, : len(FOUR)].mean(1)  # (families, layers)
+    def changed(what: str, key: str, unit: str) -> dict[str, Any]:
+        """The abstract says that weights mostly differ in shallow layers, and not in what unit."""
+        by_layer = np.array(arrays[key])[:, : len(FOUR)].mean(1)  # (families, layers)
+        return finding(
+            f"weights change most in shallow layers: layer 1 over layer 5, {what}",
+            (by_layer[:, 0] - by_layer[:, 4]).tolist(),
+            where="abstract, observation 1, which names no unit",
+            unit=unit,
+            level={"layer 1": by_layer[:, 0].mean(), "layer 5": by_layer[:, 4].mean()},
+        )
+
     gained = [found["signature, K = 3"]["contrast"] - found["host"]["contrast"] for found in arrays["transfer"]]
     mixed = [np.mean([m["all four"][n] - m["none"][n] for n in FOUR]) for m in arrays["mixtures"]]
     fog = [
@@ -119,16 +130,10 @@ def _rows(arrays: dict[str, Any]) -> list[dict[str, Any]]:
             "signature",
             "plain difference",
             "both",
-            "the reason for the projection",
         ),
-        compared("robustness is shallow: first over last three layers", *PARTS, "both", "abstract, observation 1"),
-        finding(
-            "weights change most in shallow layers: layer 1 over layer 5, relative change",
-            (change[:, 0] - change[:, 4]).tolist(),
-            where="abstract, observation 1",
-            unit="%",
-            level={"layer 1": change[:, 0].mean(), "layer 5": change[:, 4].mean()},
-        ),
+        compared("robustness is shallow: first over last three layers", *PARTS, "both"),
+        changed("relative change", "change", "%"),
+        changed("change per entry", "change per entry", "thousandths"),
         finding("signatures add up: all four at once, corrupted images", mixed, where="abstract", unit="points"),
         finding("transfers: low-contrast digits, three layers", gained, where="abstract", unit="points"),
         compared("signature over task vector, both", LINE[0], LINE[2], "both"),

@@ -112,6 +112,13 @@ def relative_change(seed: int) -> list[list[float]]:
     return [[100 * float((states[c][n] - w).norm() / w.norm()) for n, w in clean.items()] for c in DOMAINS]
 
 
+def change_per_entry(seed: int) -> list[list[float]]:
+    """How far an entry of each layer of each robust network lies from the clean one: root mean square, thousandths."""
+    states = networks(seed)[1]
+    clean = {unit[0]: states["clean"][unit[0]] for unit in layers(seed)}
+    return [[1e3 * float((states[c][n] - w).square().mean().sqrt()) for n, w in clean.items()] for c in DOMAINS]
+
+
 def loaded(model: nn.Module, state: State) -> nn.Module:
     """A copy of the model with other weights."""
     net = copy.deepcopy(model)
