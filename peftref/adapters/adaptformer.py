@@ -1,7 +1,7 @@
 r"""AdaptFormer: a small ReLU bottleneck beside the MLP of every transformer block.
 
 Chen, Ge, Tong, Wang, Song, Wang, Luo, "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition",
-NeurIPS 2022, arXiv 2205.13535; code: github.com/ShoufaChen/AdaptFormer.
+NeurIPS 2022, arXiv 2205.13535; official code: https://github.com/ShoufaChen/AdaptFormer/tree/6967d67.
 
 In a frozen pre-norm block, :math:`x'=x+\mathrm{MSA}(\mathrm{LN}_1(x))` is the residual stream after attention and
 :math:`z=\mathrm{MLP}(\mathrm{LN}_2(x'))`. A bottleneck (eq-adaptformer-branch) is added beside the MLP
@@ -26,8 +26,9 @@ argument                here                   paper                       shape
 Differs from the paper: :math:`\nu` is the identity unless ``layernorm=True``, as in the released configurations.
 Differs from the authors' code: it sits on blocks as they are, whatever their attention, LayerScale and DropPath (as
 there, the bottleneck's output passes through neither); what is trained follows from what was put in, where that code
-asks which keys a checkpoint lacked, and fails with ``--eval``. Its third place for the LayerNorm, behind the scale
-(``"out"``), is left out: it divides :math:`s` away again.
+asks which keys a checkpoint lacked, a list that it does not have with ``--eval``
+(https://github.com/ShoufaChen/AdaptFormer/blob/6967d67/main_image.py#L208-L235). Its third place for
+the LayerNorm, behind the scale (``"out"``), is left out: it divides :math:`s` away again.
 
 The chapter also writes the whole block (eq-adaptformer-block), counts its parameters (eq-adaptformer-size) and follows
 what the scale does to the gradients (eq-adaptformer-gradients).

@@ -2,6 +2,7 @@ r"""Bone: one trained block per group of outputs, guided by the frozen weight.
 
 Kang, "Bone: Block-Affine Adaptation of Large Language Models", 2024, arXiv 2409.15371. The method of its first
 versions, with the guide, is called Bat since, and "Bone" is what is left without it; the paper is now called MiSS.
+PEFT's form of it: https://github.com/huggingface/peft/tree/51c2ff666/src/peft/tuners/miss.
 
 Cut the frozen :math:`W\in\mathbb R^{o\times i}` into tiles :math:`W_{ab}` of :math:`r\times r`. Each group :math:`a`
 of :math:`r` outputs has one trained block :math:`B_a`, which starts at zero (eq-bone-bat, eq-bone-gradient):

@@ -1,7 +1,7 @@
 r"""EVA: LoRA started from the directions in which a layer's inputs vary most, with ranks where they explain most.
 
 Paischer, Hauzenberger, Schmied, Alkin, Deisenroth, Hochreiter, "Parameter Efficient Fine-tuning via Explained Variance
-Adaptation", NeurIPS 2025, arXiv 2410.07170.
+Adaptation", NeurIPS 2025, arXiv 2410.07170; official code: https://github.com/ml-jku/EVA/tree/e047fe4.
 
 LoRA's layer stays what it is; where training starts does not. A few minibatches of the new task pass through the
 frozen model. With the right singular vectors :math:`V` and singular values :math:`s` of a layer's centred inputs
@@ -23,10 +23,11 @@ argument          here             paper            shape
 
 Differs from the paper, whose text decomposes the inputs and whose code their deviations from the mean (so do we;
 ``center=False`` is the text): by default products are summed and decomposed once, which is exact in any order of the
-batches; ``route="incremental"`` is the paper's. Differs from PEFT: whitening divides a copy, where layers with one
-input would be divided again and again; short batches wait for more, instead of being skipped for ever; layers share an
-input if it is the same tensor, which needs no look at its numbers; convolutions are adapted too; with ``use_rslora``
-updates of any rank keep one scale.
+batches; ``route="incremental"`` is the paper's. Differs from PEFT: whitening divides a copy, where PEFT divides in
+place what layers with one input share
+(https://github.com/huggingface/peft/blob/51c2ff666/src/peft/tuners/lora/eva.py#L467-L477); short batches wait for more,
+where PEFT leaves them out (lines 154 to 157 there); layers share an input if it is the same tensor, which needs no look
+at its numbers; convolutions are adapted too; with ``use_rslora`` updates of any rank keep one scale.
 
 >>> import torch
 >>> from torch import nn

@@ -1,7 +1,7 @@
 r"""Hydra: a low-rank branch beside the frozen layer and another behind it.
 
 Kim, Yang, Kim, Hong, Park, "Hydra: Multi-head Low-rank Adaptation for Parameter Efficient Fine-tuning", 2023,
-arXiv 2309.06922.
+arXiv 2309.06922; official code: https://github.com/extremebird/Hydra/tree/4138457.
 
 With the frozen :math:`f_0(x)=W_0x+b_0`, the parallel branch reads the layer's input, the sequential one its output
 (eq-hydra-update):
@@ -30,8 +30,9 @@ argument            here                              paper, official code      
 ==================  ================================  ==================================  =====================
 
 Differs from the official code: both branches go up in one product, with one bias where the code has two of which only
-the sum matters; every target is merged, attention too, where the code adds its branches to the wrong matrix; and the
-sequential branch reads the frozen output, whatever other adapters a layer has, so that adapters add in any order.
+the sum matters; every target is merged, attention too, whose branches the code adds to the MLP's weight
+(https://github.com/extremebird/Hydra/blob/4138457/vtab1k/hydra.py#L118-L123); and the sequential branch reads the
+frozen output, whatever other adapters a layer has, so that adapters add in any order.
 
 >>> import torch
 >>> from torch import nn

@@ -29,7 +29,8 @@ argument          here                       paper                      shape
 ``d_right[n]``    :math:`d^{(n)}, n>k`       :math:`d^{(n)}`            ``(R_n,)``
 ================  =========================  =========================  ====================
 
-Reconstructed where the main text of the paper (first version) is silent:
+Read was the main text of the paper's first version, not its appendix, its code, or the revision of ACL 2026. Where that
+text is silent, this is our reading:
 
 - the distribution of the bank: Gaussian, of variance :math:`1/R_n` for :math:`A^{(n)}` and :math:`1/\prod_{n>k}R_n` for
   the core, so that with all vectors one the entries of :math:`\Delta W` have the core's variance;

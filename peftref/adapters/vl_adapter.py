@@ -1,7 +1,7 @@
 r"""VL-Adapter: bottleneck adapters that several tasks share, in whole, by half, or not at all.
 
 Sung, Cho, Bansal, "VL-Adapter: Parameter-Efficient Transfer Learning for Vision-and-Language Tasks", CVPR 2022,
-arXiv 2112.06825.
+arXiv 2112.06825; official code: https://github.com/ylsung/VL_adapter/tree/545fcbb.
 
 On the output :math:`h\in\mathbb R^d` of a frozen sub-layer (attention's projection, the MLP's second layer) task
 :math:`\tau` adds (eq-vl_adapter-bottleneck)

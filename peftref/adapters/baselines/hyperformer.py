@@ -21,8 +21,9 @@ argument            here                     paper                  shape
 ``dim``             :math:`t`                :math:`t`              integer
 ==================  =======================  =====================  ==========
 
-Differs from the official code: :math:`H_U,h_U,H_c,h_c` start at zero, so that every adapter is the identity
-(``init="paper"`` draws them); a batch may mix tasks.
+Differs from the code of that paper (https://github.com/ylsung/VL_adapter/tree/545fcbb/VL-T5/src/adapters):
+:math:`H_U,h_U,H_c,h_c` start at zero, so that every adapter is the identity (``init="paper"`` draws them); a batch may
+mix tasks.
 
 >>> import torch
 >>> from peftref.adapters.core.injection import adapters, inject

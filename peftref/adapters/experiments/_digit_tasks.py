@@ -100,15 +100,16 @@ METHODS: dict[str, Build] = {
 }
 
 
-def source(steps: int = 300) -> Encoder:
+def source(steps: int = 300, num_features: int = 64) -> Encoder:
     """The encoder, trained on upright digits.
 
     Args:
         steps: of AdamW, with batches of 64.
+        num_features: width.
     """
     digits = load("digits")
     torch.manual_seed(0)
-    net = Encoder()
+    net = Encoder(num_features)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     for _ in range(steps):
         i = torch.randint(len(digits.train.y), (64,))

@@ -4,8 +4,8 @@ r"""EVA on language: what it finds in SmolLM2-135M, and how MiniLM learns from i
 directions and ranks that EVA finds are held against the gradient of the loss on *other* reviews: the share of its
 squared length that lies along :math:`r` directions. A seed draws the reviews.
 
-**Next words.** LoRAs on all of these matrices learn to continue reviews, from four starts, in the published setting:
-one rank, :math:`\alpha=1` and one learning rate for all. A seed draws the reviews and the initialisation.
+**Next words.** LoRAs on all of these matrices learn to continue reviews, from four starts, with rank, :math:`\alpha`
+and learning rate of the paper's Table 4, the same for all. A seed draws the reviews and the initialisation.
 
 **Sentences.** The last layers of MiniLM-L6 learn whether a sentence of Rotten Tomatoes is positive. The arms differ in
 where :math:`A` starts; a head without any LoRA is the control. Each has its own learning rate, chosen on validation

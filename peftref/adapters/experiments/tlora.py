@@ -77,14 +77,14 @@ RANK_4 = "best LoRA, r = 4"
 RANK_5 = "best LoRA, r = 5"
 FIT_CLAIMS = {
     "qkv": [
-        _fit_claim("qkv: T before LoRA - one more rank", STAR, RANK_5, SIMULATION),
+        _fit_claim("qkv: T before LoRA - one more rank", STAR, RANK_5),
         _fit_claim("qkv: T before LoRA - LoRA of the same rank", STAR, RANK_4, SIMULATION),
         _fit_claim("qkv: R = 4 - R = 1, start of Proposition 1", "paper start, R = 4", "paper start, R = 1"),
         _fit_claim("qkv: R = 4 - R = 1, slot start", "slot start, R = 4", "slot start, R = 1"),
         _fit_claim("qkv: slot - paper start, R = 4", "slot start, R = 4", "paper start, R = 4"),
     ],
     "fc2": [
-        _fit_claim("fc2: T before LoRA - one more rank", STAR, RANK_5, SIMULATION),
+        _fit_claim("fc2: T before LoRA - one more rank", STAR, RANK_5),
         _fit_claim("fc2: T before LoRA - LoRA of the same rank", STAR, RANK_4, SIMULATION),
     ],
 }

@@ -1,8 +1,8 @@
 """One experiment for every adapter: the small vision transformer of :mod:`peftref.models.vit`, taught a shifted task.
 
 The protocol is that of VTAB-1k (Zhai et al., 2019, arXiv 1910.04867) in miniature: 800 images to learn from, 200 to
-choose the learning rate by, then a test set that nothing was chosen on. Every method gets a fresh copy of the same
-pre-trained network with a new head, the same steps, and as many learning rates to choose from as any other.
+choose the learning rate by, and test images, which :func:`compare` chooses nothing by. All methods of one call get a
+fresh copy of the same pre-trained network with a new head, the same steps, and the same learning rates to choose from.
 
 >>> task = shifted("inverted", n_train=64, n_val=32)
 >>> task.train.x.shape, task.test.y.shape
