@@ -112,8 +112,17 @@ def _bypassed_children(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Names of layers whose weights are used without a call, with the type of the module that does so."""
     for prefix, parent in _walk(model):
         kind = type(frozen_module(parent))
-        for attr in bypassed(cast(Hashable, kind)):
-            yield f"{prefix}.{attr}" if prefix else attr, kind.__name__
+        for path in bypassed(cast(Hashable, kind)):
+            for n in _below(parent, path.split(".")):
+                yield f"{prefix}.{n}" if prefix else n, kind.__name__
+
+
+def _below(module: nn.Module, path: list[str]) -> Iterator[str]:
+    """The names that a path stands for, where ``*`` is any child."""
+    word, *rest = path
+    for attr, child in frozen_module(module)._modules.items():
+        if child is not None and word in ("*", attr):
+            yield from [attr] if not rest else (f"{attr}.{n}" for n in _below(child, rest))
 
 
 def _walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:

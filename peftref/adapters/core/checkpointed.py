@@ -1,0 +1,50 @@
+"""What recomputing in the backward pass (``torch.utils.checkpoint``) would lose without a word.
+
+>>> import torch
+>>> from torch.utils.checkpoint import checkpoint
+>>> x = torch.ones(2)
+>>> checkpoint(lambda x: x if loses_gradients() else None, x, use_reentrant=True)        # torch only warns of it
+tensor([1., 1.])
+>>> checkpoint(lambda x: loses_gradients(), x, use_reentrant=False), loses_gradients(), recomputing()
+(False, False, False)
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction
+
+__all__ = ["loses_gradients", "recomputing"]
+
+REENTRANT = CheckpointFunction.forward.__code__
+
+
+def loses_gradients() -> bool:
+    """Whether this runs within ``checkpoint(use_reentrant=True)`` of which no input asks for a gradient.
+
+    Nothing is recomputed then, and no parameter within gets a gradient.
+    """
+    inputs = _reentrant_inputs()
+    return inputs is not None and not any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
+
+
+def recomputing() -> bool:
+    """Whether this runs within a backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def will_be_recomputed() -> bool:
+    """Whether what runs here may run again in a backward pass: with a graph, or within a reentrant checkpoint."""
+    return torch.is_grad_enabled() or _reentrant_inputs() is not None
+
+
+def _reentrant_inputs() -> tuple[object, ...] | None:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not REENTRANT:
+        frame = frame.f_back  # type: ignore[assignment]
+    return None if frame is None else frame.f_locals["args"]
