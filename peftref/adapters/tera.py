@@ -65,21 +65,22 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import integer, one_of
+from .._checks import finite, integer, one_of
 from .core.adapter import Adapter
 from .core.layers import Layer
-from .core.modes import balanced
+from .core.modes import modes
 
 __all__ = ["Bank", "TeRA", "error_terms", "expand", "multiply", "rank_bound", "rank_one", "update"]
 
-FACTORS = ("random", "identity")
+FACTORS = ("random", "identity", "given")
+Tensors = tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]  # core, left and right factors
 
 
 def expand(vectors: Sequence[Tensor]) -> Tensor:
@@ -187,6 +188,16 @@ class _Network(nn.Module):
                 self.register_buffer(f"{name}_{n}", factor, persistent=saved)
         self.sides = len(left), len(right)
 
+    def keep(self, given: Tensors | None) -> None:
+        """Keep these tensors instead of those drawn; None: of a file that is still to be read."""
+        if given is None:
+            for t in self.buffers():
+                t.fill_(torch.nan)
+            return
+        core, left, right = given
+        for name, value in (("core", core), *_numbered("left", left), *_numbered("right", right)):
+            setattr(self, name, value.detach().clone())
+
     def parts(self, like: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Core, left and right factors where ``like`` is; elsewhere only if layers of one shape are on many devices."""
         left, right = (
@@ -196,27 +207,70 @@ class _Network(nn.Module):
         return self.core.to(like), left, right
 
 
+def _numbered(name: str, tensors: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    yield from ((f"{name}_{n}", t) for n, t in enumerate(tensors))
+
+
 class Bank:
     """The frozen tensors of all layers, kept once for each shape: give the same bank to all.
 
     Args:
         seed: of all that is drawn: with it, a saved adapter finds its bank again.
+        given: instead of drawing, for layers with ``factors="given"``: a core ``(prod R, prod R)``, left and right
+            factors ``(R_n, I_n)`` for each set of modes and ranks.
+
+    Raises:
+        ValueError: a seed outside [0, 2^31); tensors of shapes that do not fit each other, or that are not finite; or
+            two sets of one shape.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, given: Iterable[Tensors] = ()) -> None:
         if integer("seed", seed, 0) >= 2**31:
             raise ValueError(f"seed: expected an integer in [0, 2^31), got {seed!r}")
         self.seed = seed
+        self.given: dict[Hashable, Tensors] = {}
         self.networks: dict[tuple[Hashable, ...], _Network] = {}
+        for one in given:
+            core, left, right = _checked(one)
+            key = tuple(map(_shapes, (left, right)))
+            if key in self.given:
+                raise ValueError(f"given: expected one set of tensors for each shape, got two for {key}")
+            self.given[key] = core, left, right
 
     def network(
         self, left: Sequence[tuple[int, int]], right: Sequence[tuple[int, int]], factors: str, saved: bool
     ) -> nn.Module:
         """The tensors for modes ``(R_n, I_n)``, drawn when they are first asked for."""
         key = (tuple(left), tuple(right), factors, saved)
+        tensors = self.given.get(key[:2]) if factors == "given" else None
+        if factors == "given" and tensors is None and not saved:
+            raise ValueError(
+                f"bank: expected one that was given tensors for (R_n, I_n) = {key[:2]}, got {[*self.given]}"
+            )
         if key not in self.networks:
             self.networks[key] = _Network(self.seed, *key)
+            if factors == "given":
+                self.networks[key].keep(tensors)
         return self.networks[key]
+
+
+def _checked(one: Tensors) -> Tensors:
+    if not isinstance(one, Sequence) or len(one) != 3 or not all(isinstance(side, Sequence) for side in one[1:]):
+        raise ValueError(f"given: expected (core, left, right) of each shape, got {one!r}")
+    core, left, right = one
+    parts = [core, *left, *right]
+    if not all(isinstance(t, Tensor) and t.ndim == 2 and t.is_floating_point() for t in parts) or not (left and right):
+        raise ValueError(f"given: expected a core and factors that are matrices, got {one!r}")
+    ranks = [math.prod(r for r, _ in _shapes(side)) for side in (left, right)]
+    if list(core.shape) != ranks:
+        raise ValueError(f"given: expected a core {ranks} for these factors, got {tuple(core.shape)}")
+    for t in parts:
+        finite("given", t)
+    return core, list(left), list(right)
+
+
+def _shapes(side: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+    return tuple((t.shape[0], t.shape[1]) for t in side)
 
 
 class TeRA(Adapter):
@@ -227,16 +281,16 @@ class TeRA(Adapter):
         out_modes: how the output is split: into so many factors, as equal as they can be (a prime stays whole), or into
             these (1: in the paper accuracy falls when both sides are split).
         in_modes: how the input is split, likewise (2: in the paper it hardly matters how one side is split).
-        r: largest ``R_n``; None: ``R_n = I_n``, the paper's advice.
-        factors: "random", or "identity" for the paper's ablation, the core alone.
+        r: largest ``R_n``, or each of them, the output's first; None: ``R_n = I_n``, the paper's advice.
+        factors: "random"; "identity" for the paper's ablation, the core alone; or "given", the tensors of ``bank``.
         seed: of the bank; None: that of ``bank``, or 0.
         save_bank: keep the bank in files too, once. It is large, and comes back from the seed unless torch's generator
             should change.
         bank: that the layers share; never in a file by itself. None: one of its own, with the same entries.
 
     Raises:
-        ValueError: modes that do not give the layer's size, a rank below one, unknown factors, or another seed than the
-            bank's.
+        ValueError: modes that do not give the layer's size, a rank below one, another number of ranks than of modes,
+            unknown factors, another seed than the bank's, or a bank without the tensors that it was to be given.
     """
 
     kind = "tera"
@@ -247,27 +301,31 @@ class TeRA(Adapter):
         base: Layer,
         out_modes: int | Sequence[int] = 1,
         in_modes: int | Sequence[int] = 2,
-        r: int | None = None,
+        r: int | Sequence[int] | None = None,
         factors: str = "random",
         seed: int | None = None,
         save_bank: bool = False,
         bank: Bank | None = None,
     ) -> None:
         super().__init__()
-        left = _modes("out_modes", base.out_features, out_modes)
-        right = _modes("in_modes", base.in_features, in_modes)
-        if r is not None:
-            integer("r", r, 1)
+        left = modes("out_modes", base.out_features, out_modes)
+        right = modes("in_modes", base.in_features, in_modes)
+        ranks = _ranks((*left, *right), r)
         one_of("factors", factors, FACTORS)
         if bank is not None and seed not in (None, bank.seed):
             raise ValueError(f"seed: expected that of the bank, {bank.seed}, or None, got {seed!r}")
+        if factors == "given" and bank is None and not save_bank:
+            raise ValueError(
+                "bank: expected the bank that was given the tensors, got None; with save_bank files keep it"
+            )
         bank = bank or Bank(seed or 0)
         self.out_modes, self.in_modes = (m if isinstance(m, int) else list(m) for m in (out_modes, in_modes))
-        self.r = r
+        self.r = list(r) if isinstance(r, Sequence) else r
         self.factors = factors
         self.seed = bank.seed
         self.save_bank = save_bank
-        sides = [[(min(size, r or size), size) for size in side] for side in (left, right)]
+        both = list(zip(ranks, (*left, *right), strict=True))
+        sides = both[: len(left)], both[len(left) :]
         self.network = cast(_Network, bank.network(sides[0], sides[1], factors, save_bank))
         self.d_left = nn.ParameterList(torch.ones(rank) for rank, _ in sides[0])
         self.d_right = nn.ParameterList(torch.ones(rank) for rank, _ in sides[1])
@@ -301,10 +359,12 @@ class TeRA(Adapter):
         return update(*parts, list(self.d_left), list(self.d_right)), None
 
 
-def _modes(label: str, size: int, wanted: int | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(wanted, int) and not isinstance(wanted, bool) and wanted >= 1:
-        return tuple(m for m in balanced(size, wanted) if m > 1) or (1,)
-    modes = None if isinstance(wanted, (int, str)) else tuple(wanted)
-    if not modes or not all(isinstance(m, int) and m >= 1 for m in modes) or math.prod(modes) != size:
-        raise ValueError(f"{label}: expected a number of modes, or sizes with the product {size}, got {wanted!r}")
-    return modes
+def _ranks(sizes: Sequence[int], r: int | Sequence[int] | None) -> list[int]:
+    if isinstance(r, Sequence) and not isinstance(r, str):
+        if len(r) != len(sizes):
+            raise ValueError(f"r: expected a rank for each of the modes {list(sizes)}, got {r!r}")
+        return [integer("r", one, 1) for one in r]
+    if r is None:
+        return list(sizes)
+    most = integer("r", r, 1)
+    return [min(size, most) for size in sizes]

@@ -81,9 +81,10 @@ def fill(net: nn.Module, name: str = "default") -> None:
         (["q_proj"], (), ["blocks.0.q_proj", "blocks.1.q_proj"]),
         (["blocks.1.q_proj", "head"], (), ["blocks.1.q_proj", "head"]),
         (r"blocks\.0\.[qv]_proj", (), ["blocks.0.q_proj", "blocks.0.v_proj"]),
-        (["mlp.0", "q_proj"], [".0", "blocks.0.q_proj", "mlp.0"], ["blocks.1.q_proj"]),
+        (["mlp.0", "q_proj"], ["blocks.0.q_proj", "mlp.0"], ["blocks.1.q_proj"]),
         ("all-linear", r"blocks\.0\..*|.*mlp.*", ["blocks.1.q_proj", "blocks.1.v_proj", "head"]),
-        (("head",), "all-lin", ["head"]),
+        (("head",), r"blocks.*", ["head"]),
+        (iter(["head"]), iter(["q_proj"]), ["head"]),
         ({"head"}, [], ["head"]),
         (["_proj"], [], None),  # an end of a name begins after a dot
         (["q"], [], None),

@@ -397,7 +397,7 @@ def test_merging_is_one_more_matrix() -> None:
         ({"in_modes": []}, "in_modes: expected a number of modes"),
         ({"in_modes": "22"}, "in_modes: expected a number of modes"),
         ({"r": 0}, "r: expected an integer >= 1, got 0"),
-        ({"factors": "eye"}, r"factors: expected one of \['random', 'identity'\], got 'eye'"),
+        ({"factors": "eye"}, r"factors: expected one of \['random', 'identity', 'given'\], got 'eye'"),
         ({"seed": -1}, "seed: expected an integer >= 0, got -1"),
         ({"seed": 2**31}, r"seed: expected an integer in \[0, 2\^31\), got 2147483648"),
         ({"seed": 2, "bank": Bank(1)}, "seed: expected that of the bank, 1, or None, got 2"),

@@ -65,8 +65,8 @@ def call_with_taps(
     cut = [n for n, tap in found.items() if torch.is_grad_enabled() and not tap.graph]
     if cut and any(isinstance(t, Tensor) and t.requires_grad for t in (*args, *kwargs.values(), *module.parameters())):
         raise RuntimeError(
-            f"tap: expected a gradient for what {', '.join(cut)} gets, got none from a {type(module).__name__} that runs "
-            "without a graph, as within checkpoint(use_reentrant=True); set use_reentrant=False"
+            f"tap: expected a gradient for what {', '.join(cut)} gets, got none from a {type(module).__name__} that "
+            "runs without a graph, as within checkpoint(use_reentrant=True); set use_reentrant=False"
         )
     return y, inputs
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
-__all__ = ["loses_gradients", "recomputing"]
+__all__ = ["loses_gradients", "recomputing", "will_be_recomputed"]
 
 REENTRANT = CheckpointFunction.forward.__code__
 
@@ -37,8 +37,11 @@ def recomputing() -> bool:
 
 
 def will_be_recomputed() -> bool:
-    """Whether what runs here may run again in a backward pass: with a graph, or within a reentrant checkpoint."""
-    return torch.is_grad_enabled() or _reentrant_inputs() is not None
+    """Whether what runs here is checkpointed, and so runs again in a backward pass."""
+    if torch.is_grad_enabled():
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return bool(hooks) and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
+    return any(isinstance(t, Tensor) and t.requires_grad for t in _reentrant_inputs() or ())
 
 
 def _reentrant_inputs() -> tuple[object, ...] | None:
@@ -47,4 +50,5 @@ def _reentrant_inputs() -> tuple[object, ...] | None:
     frame = sys._getframe()
     while frame is not None and frame.f_code is not REENTRANT:
         frame = frame.f_back  # type: ignore[assignment]
-    return None if frame is None else frame.f_locals["args"]
+    inputs: tuple[object, ...] | None = None if frame is None else frame.f_locals["args"]
+    return inputs

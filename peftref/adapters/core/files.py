@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from ..._replacing import replacing
 from .adapter import KINDS, Adapter
 from .injection import adapters, build, install
-from .targets import find, frozen_module, modules_by_name
+from .targets import by_pattern, find, frozen_module, modules_by_name
 
 __all__ = ["config", "load", "save", "state"]
 
@@ -131,15 +131,13 @@ def load(model: nn.Module, path: str | Path, name: str = "default", *, freeze: b
     own = spec.get("per_layer") or {}
     targets = spec.get("target_modules")
     exclude = spec.get("exclude_modules") or ()
-    layers = find(model, targets, exclude, any_module=kind.any_module)
+    layers = find(model, targets, exclude, any_module=kind.any_module, all_names=False)  # its tensors say all
     if spec.get("fan_in_fan_out") and not _transposed(layers.values()):
         raise ValueError("fan_in_fan_out: expected False for a model without Conv1D layers, got True")
-    for n in layers:
-        for option, pattern in kind.peft.patterns.items():
-            value = _by_pattern(spec.get(pattern) or {}, n)
-            if value is not None:
-                own.setdefault(n, {})[option] = value
-    new = build(model, kind, targets, exclude=exclude, per_layer=own, **options, **extra)
+    for option, pattern in kind.peft.patterns.items():
+        for n, value in by_pattern(pattern, spec.get(pattern) or {}, layers).items():
+            own.setdefault(n, {})[option] = value
+    new = build(model, kind, "|".join(map(re.escape, layers)), per_layer=own, **options, **extra)
     places = _tensors(new)
     tensors = {_now(key, kind): t for key, t in load_file(folder / "adapter_model.safetensors").items()}
     found = {
@@ -238,11 +236,6 @@ def _read(kind: type[Adapter], spec: Mapping[str, Any]) -> dict[str, Any]:
     if kind.peft.read is not None:
         return kind.peft.read(spec)
     return {name: spec[name] for name in kind.options if name in spec}
-
-
-def _by_pattern(pattern: Mapping[str, Any], name: str) -> Any:
-    """PEFT's rule: the first key that is the name, or the end of it after a dot, as a regular expression."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), None)
 
 
 def _transposed(layers: Iterable[nn.Module]) -> bool:

@@ -28,7 +28,7 @@ from .bypass import call_with_taps
 from .checkpointed import loses_gradients
 from .layers import view
 
-__all__ = ["Host", "on_meta"]
+__all__ = ["Host", "is_bare", "on_meta"]
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 LOOKING = ("transformers.utils.output_capturing", "peftref.")  # whose hooks keep what they see, and change nothing
@@ -44,6 +44,11 @@ def on_meta(module: nn.Module) -> bool:
     """
     weight = module.weight if "weight" in module._parameters else next(module.parameters(), None)
     return weight is not None and bool(weight.is_meta)
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether the module runs as its class says: no ``forward`` was set on it or on a module within."""
+    return not any("forward" in vars(m) for m in module.modules())
 
 
 class Host(nn.Module):
@@ -177,11 +182,13 @@ class Host(nn.Module):
         base: Any = self.base_layer
         if on_meta(base):
             raise ValueError(f"model: expected weights in memory, got {name} with {WITHOUT_NUMBERS}")
-        hooks = [*base._forward_pre_hooks.values(), *base._forward_hooks.values()]
+        hooks: list[object] = [*base._forward_pre_hooks.values(), *base._forward_hooks.values()]
+        if type(vars(base).get("_hf_hook")).__name__ != "AlignDevicesHook":  # accelerate's, which only moves tensors
+            hooks += [vars(base)["forward"]] if "forward" in vars(base) else []
         if any(not str(getattr(hook, "__module__", "")).startswith(LOOKING) for hook in hooks):
             raise ValueError(
-                f"model: expected frozen layers without hooks, got {name}.base_layer with {len(hooks)}, which would see "
-                f"other numbers when merged; remove them, or put them on {name}"
+                f"model: expected frozen layers without hooks, got {name}.base_layer with {len(hooks)}, which would "
+                f"see other numbers when merged; remove them, or put them on {name}"
             )
 
     def put(self, weight: Tensor, bias: Tensor | None) -> None:

@@ -32,7 +32,7 @@ from torch import nn
 
 from .adapter import Adapter
 from .host import WITHOUT_NUMBERS as NO_NUMBERS
-from .host import Host, on_meta
+from .host import Host, is_bare, on_meta
 from .layers import view
 from .pretrained import protect
 from .targets import find, modules_by_name, swap
@@ -101,7 +101,8 @@ def build(
     unknown = [n for n in own if n not in layers]
     if unknown:
         raise ValueError(f"per_layer: expected names among {list(layers)}, got {unknown}")
-    offloaded = [n for n, module in layers.items() if on_meta(module)]
+    only_shapes = all(p.is_meta for p in model.parameters())  # a model for its shapes alone
+    offloaded = [n for n, module in layers.items() if on_meta(module) and not (only_shapes and is_bare(module))]
     if offloaded:
         raise ValueError(f"targets: expected layers with their weights in memory, got {offloaded} with {NO_NUMBERS}")
     made: dict[str, Adapter] = {}

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -24,7 +24,7 @@ from .bypass import bypassed
 from .host import Host
 from .layers import refusal
 
-__all__ = ["find", "frozen_module", "matches", "modules_by_name", "swap"]
+__all__ = ["by_pattern", "find", "frozen_module", "matches", "modules_by_name", "swap"]
 
 
 def frozen_module(module: nn.Module) -> nn.Module:
@@ -41,7 +41,12 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def find(
-    model: nn.Module, targets: str | Iterable[str], exclude: str | Iterable[str] = (), *, any_module: bool = False
+    model: nn.Module,
+    targets: str | Iterable[str],
+    exclude: str | Iterable[str] = (),
+    *,
+    any_module: bool = False,
+    all_names: bool = True,
 ) -> dict[str, nn.Module]:
     """The modules meant by ``targets``, by their first names.
 
@@ -50,25 +55,30 @@ def find(
         targets: names or ends of names, a regular expression for the whole name, or ``"all-linear"``.
         exclude: those to leave out, in the same ways.
         any_module: do not ask for a layer that can be seen as a matrix.
+        all_names: refuse a name, or an expression to exclude, that is no module's. False, for a file that was made for
+            several models: one module is enough.
 
     Raises:
         TypeError: a layer of another type than Linear, Conv2d and Conv1D; names that are no strings.
-        ValueError: no layer matches, or one is used without being called.
+        ValueError: no layer matches, or not each of the names does, or a layer is used without being called.
     """
+    targets = _listed(targets)
+    exclude = _listed(exclude)
     hit = matches("targets", targets, model)
     out = matches("exclude", exclude, model)
     aliases: dict[int, list[str]] = {}  # of a module in several places, any name will do
     for n, m in _walk(model):
         aliases.setdefault(id(m), []).append(n)
+    if all_names:
+        for label, wanted in (("targets", targets), ("exclude", exclude)):
+            _refuse_unmatched(label, wanted, model)
     found = {
         n: m
         for n, m in modules_by_name(model).items()
         if n and any(map(hit, aliases[id(m)])) and not any(map(out, aliases[id(m)]))
     }
     if not found:
-        some = [n for n, m in modules_by_name(model).items() if n and refusal(frozen_module(m)) is None]
-        listed = repr(some) if len(some) <= 8 else f"{some[:8]} and {len(some) - 8} more"
-        raise ValueError(f"targets: expected names of layers, of which there are {listed}, got {targets!r}")
+        raise ValueError(f"targets: expected names of layers, of which there are {_some(model)}, got {targets!r}")
     for n, m in found.items():
         why = None if any_module else refusal(frozen_module(m))
         if why:
@@ -93,6 +103,31 @@ def swap(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
                 parent._modules[attr] = new[id(child)]
 
 
+def by_pattern(label: str, patterns: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """PEFT's rule for values of single layers: the first key that is the name, or its end after a dot, as a pattern.
+
+    >>> by_pattern("rank_pattern", {"^0.q": 2, "[qv]": 4}, ["0.q", "1.q", "1.k"])
+    {'0.q': 2, '1.q': 4}
+
+    Raises:
+        ValueError: a key that is no regular expression, or one that matches no name.
+        TypeError: no dictionary.
+    """
+    if not isinstance(patterns, Mapping):
+        raise TypeError(f"{label}: expected a dictionary of values by name, got {patterns!r}")
+    names = list(names)
+    found: dict[str, Any] = {}
+    for key, value in patterns.items():
+        try:
+            hit = [n for n in names if re.match(rf"(.*\.)?({key})$", n)]
+        except re.error as error:
+            raise ValueError(f"{label}: expected regular expressions, got {key!r} ({error})") from None
+        if not hit:
+            raise ValueError(f"{label}: expected patterns of adapted layers, got {key!r}, none of {_shortened(names)}")
+        found = {**dict.fromkeys(hit, value), **found}
+    return {n: found[n] for n in names if n in found}
+
+
 def matches(label: str, wanted: str | Iterable[str], model: nn.Module) -> Callable[[str], object]:
     """A function that says of a name whether it is one of those ``wanted``."""
     if isinstance(wanted, str):
@@ -106,6 +141,31 @@ def matches(label: str, wanted: str | Iterable[str], model: nn.Module) -> Callab
     if not all(isinstance(end, str) for end in ends):
         raise TypeError(f"{label}: expected names of layers, or one regular expression, got {wanted!r}")
     return lambda n: any(n == end or n.endswith("." + end) for end in ends)
+
+
+def _refuse_unmatched(label: str, wanted: str | Iterable[str], model: nn.Module) -> None:
+    """Names of a list, or an expression that leaves layers out, of which no module is meant."""
+    names = [n for n, _ in _walk(model) if n]
+    if isinstance(wanted, str):
+        alone = label == "exclude" and wanted.lower() != "all-linear"
+        missed = [] if not alone or any(map(matches(label, wanted, model), names)) else [wanted]
+    else:
+        missed = [end for end in wanted if not any(map(matches(label, [end], model), names))]
+    if missed:
+        raise ValueError(f"{label}: expected names of layers, of which there are {_some(model)}, got {missed}")
+
+
+def _listed(wanted: str | Iterable[str]) -> str | Iterable[str]:
+    """Names that are gone through more than once; what is neither a text nor names is refused later."""
+    return list(wanted) if isinstance(wanted, Iterable) and not isinstance(wanted, str) else wanted
+
+
+def _some(model: nn.Module) -> str:
+    return _shortened([n for n, m in modules_by_name(model).items() if n and refusal(frozen_module(m)) is None])
+
+
+def _shortened(names: list[str]) -> str:
+    return repr(names) if len(names) <= 8 else f"{names[:8]} and {len(names) - 8} more"
 
 
 def _bypassed_children(model: nn.Module) -> Iterator[tuple[str, str]]:
