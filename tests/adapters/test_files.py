@@ -195,3 +195,30 @@ def test_what_layers_share_is_stored_once_and_given_again(tmp_path) -> None:
     assert torch.equal(other(x), model(x)) and adapters(other)["2"].shape == (2, 2)
     with pytest.raises(TypeError, match="bank"):
         load(net(), tmp_path, down=nn.Parameter(torch.randn(2, 4)))
+
+
+def test_patterns_and_names_of_a_file_that_match_nothing(tmp_path) -> None:
+    net = nn.ModuleDict({"q": nn.Linear(3, 3), "k": nn.Linear(3, 3)})
+    inject(net, LoRA, ["q", "k"], r=2, per_layer={"q": {"lora_alpha": 3}})
+    save(net, tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+
+    def opened(**changes: object) -> nn.Module:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(written | changes))
+        other = nn.ModuleDict({"q": nn.Linear(3, 3), "k": nn.Linear(3, 3)})
+        load(other, tmp_path)
+        return other
+
+    for pattern in ("alpha_pattern", "rank_pattern"):
+        for key, said in (
+            ("^p", "patterns of adapted layers, got '\\^p', none of"),
+            ("(q", r"expressions, got '\(q' \("),
+        ):
+            with pytest.raises(ValueError, match=f"{pattern}: expected .*{said}"):
+                opened(**{pattern: {key: 3}})
+        with pytest.raises(TypeError, match=f"{pattern}: expected a dictionary"):
+            opened(**{pattern: ["q"]})
+    first = opened(alpha_pattern={"q": 5, "[qk]": 7})
+    assert [a.lora_alpha for a in adapters(first).values()] == [5, 7]  # the first that fits, as in PEFT
+    # one file for several models: its tensors say which layers are meant
+    assert list(adapters(opened(target_modules=["q", "k", "query"], exclude_modules=["head"]))) == ["q", "k"]

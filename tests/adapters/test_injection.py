@@ -18,6 +18,7 @@ from peftref.adapters.core.host import Host
 from peftref.adapters.core.injection import activate, adapters, build, inject, install, merge, unload, unmerge
 from peftref.adapters.core.layers import Layer, refusal, view
 from peftref.adapters.core.targets import find, modules_by_name
+from peftref.adapters.eva import collect
 from peftref.models import SmallCNN
 
 
@@ -367,6 +368,26 @@ def test_bad_arguments_change_nothing(arguments, options, error, said: str) -> N
     with pytest.raises(error, match=said):
         inject(net, *arguments, **options)
     assert look(net) == before
+
+
+@pytest.mark.parametrize(
+    ("targets", "exclude", "said"),
+    [
+        (["q_proj", "v_porj"], (), r"targets: expected names of layers, .* got \['v_porj'\]"),
+        (iter(["q_proj", "v_porj"]), (), r"targets: .* got \['v_porj'\]"),
+        (["q_proj"], ["head", "haed"], r"exclude: .* got \['haed'\]"),
+        (["q_proj"], "haed", r"exclude: .* got \['haed'\]"),
+        ("all-linear", "all-lin", r"exclude: .* got \['all-lin'\]"),
+    ],
+)
+def test_each_name_must_be_a_layers(targets, exclude, said: str) -> None:
+    net = model()
+    before = look(net)
+    with pytest.raises(ValueError, match=said):
+        inject(net, LoRA, targets, exclude=exclude)
+    assert look(net) == before
+    with pytest.raises(ValueError, match=r"targets: .* got \['v_porj'\]"):
+        collect(net, ["q_proj", "v_porj"], [torch.randn(9, 4)], r=1)
 
 
 def test_what_is_not_there_is_named() -> None:

@@ -517,10 +517,10 @@ def test_checkpoints_of_one_task_at_a_time() -> None:
         checkpoint(net, x, use_reentrant=False).sum().backward()
 
 
-# -- more arguments
+# -- other libraries
 
 
-def test_bones_product_keeps_nothing_large_when_compiled() -> None:
+def test_bones_own_product_compiles() -> None:
     torch.compiler.reset()
     net, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(5, 8)
     inject(net, Bone, ["0"], r=2)
@@ -530,7 +530,7 @@ def test_bones_product_keeps_nothing_large_when_compiled() -> None:
     assert_close(torch.autograd.grad(compiled(x).square().sum(), adapters(net)["0"].miss_block), expected)
 
 
-def test_hosts_of_both_are_found_in_every_place() -> None:
+def test_transformers_is_told_of_every_host() -> None:
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     inject(net, TLoRA, ["0"], name="one")
     inject(net, TeRA, ["0", "1"], name="two")

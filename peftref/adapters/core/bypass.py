@@ -24,15 +24,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .reads import names_read, weights_read
+from ._reads import names_read, weights_read
 
 __all__ = ["bypassed", "call_with_taps"]
 
 # Words in the names of methods that run before or after a model is used, not within.
 SETUP = {
-    "convert", "deploy", "export", "fuse", "init", "initialize", "load", "prune", "quantize", "reparameterize", "repr",
-    "reset", "resize", "set", "tie",
-}  # fmt: skip
+    *("convert", "deploy", "export", "fuse", "init", "initialize", "load", "prune"),
+    *("quantize", "reparameterize", "repr", "reset", "resize", "set", "tie"),
+}
 
 
 def call_with_taps(

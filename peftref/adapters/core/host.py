@@ -23,32 +23,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ._calls import WITHOUT_NUMBERS, loses_gradients, on_meta
 from .adapter import Adapter
 from .bypass import call_with_taps
-from .checkpointed import loses_gradients
 from .layers import view
 
-__all__ = ["Host", "is_bare", "on_meta"]
+__all__ = ["Host"]
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 LOOKING = ("transformers.utils.output_capturing", "peftref.")  # whose hooks keep what they see, and change nothing
 OWN = {"active", "adapters", "base_layer", "training"}
-WITHOUT_NUMBERS = "some on the meta device, without numbers (offloaded between calls, or not loaded yet)"
-
-
-def on_meta(module: nn.Module) -> bool:
-    """Whether the weights that an adapter reads or has lie on the meta device, where they have a shape and no numbers.
-
-    >>> on_meta(nn.Linear(2, 2)), on_meta(nn.Linear(2, 2, device="meta"))
-    (False, True)
-    """
-    weight = module.weight if "weight" in module._parameters else next(module.parameters(), None)
-    return weight is not None and bool(weight.is_meta)
-
-
-def is_bare(module: nn.Module) -> bool:
-    """Whether the module runs as its class says: no ``forward`` was set on it or on a module within."""
-    return not any("forward" in vars(m) for m in module.modules())
 
 
 class Host(nn.Module):

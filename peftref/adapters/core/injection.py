@@ -30,11 +30,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ._calls import WITHOUT_NUMBERS, is_bare, on_meta
+from ._pretrained import protect
 from .adapter import Adapter
-from .host import WITHOUT_NUMBERS as NO_NUMBERS
-from .host import Host, is_bare, on_meta
+from .host import Host
 from .layers import view
-from .pretrained import protect
 from .targets import find, modules_by_name, swap
 
 __all__ = ["activate", "adapters", "build", "inject", "install", "merge", "unload", "unmerge"]
@@ -104,7 +104,9 @@ def build(
     only_shapes = all(p.is_meta for p in model.parameters())  # a model for its shapes alone
     offloaded = [n for n, module in layers.items() if on_meta(module) and not (only_shapes and is_bare(module))]
     if offloaded:
-        raise ValueError(f"targets: expected layers with their weights in memory, got {offloaded} with {NO_NUMBERS}")
+        raise ValueError(
+            f"targets: expected layers with their weights in memory, got {offloaded} with {WITHOUT_NUMBERS}"
+        )
     made: dict[str, Adapter] = {}
     for n, module in layers.items():
         mine = own.get(n, {})

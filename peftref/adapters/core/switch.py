@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from .checkpointed import recomputing, will_be_recomputed
+from ._calls import recomputing, will_be_recomputed
 
 __all__ = ["Tasks", "agreed_names"]
 

@@ -64,7 +64,7 @@ def balanced_norm(
     wide = at_least_float32(x).contiguous()
     scale = wide.new_ones(x.shape[1]) if scale is None else scale.to(wide)
     shift = wide.new_zeros(x.shape[1]) if shift is None else shift.to(wide)
-    y, mu, v = _BalancedNorm.apply(wide, weights.to(wide), scale, shift, eps)
+    y, mu, v, _, _ = _BalancedNorm.apply(wide, weights.to(wide), scale, shift, eps)
     return y.to(x.dtype), mu, v
 
 
@@ -88,23 +88,30 @@ def _mix(mean: Tensor, var: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 class _BalancedNorm(torch.autograd.Function):
     """By hand: autograd would keep a centred copy of the batch, and pass over it several times more."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, ...]:
+    def forward(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, ...]:
         mean, var = _moments(x)
         mu, v = _mix(mean, var, w)
+        return F.batch_norm(x, mu, v, scale, shift, False, 0.0, eps), mu, v, mean, var
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, w, scale, _, ctx.eps = inputs
+        _, mu, v, mean, var = output
+        ctx.mark_non_differentiable(mean, var)
         ctx.save_for_backward(x, w, scale, mean, var, mu, v)
-        ctx.eps = eps
-        return F.batch_norm(x, mu, v, scale, shift, False, 0.0, eps), mu, v
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor, g_mu: Tensor, g_v: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor, g_mu: Tensor, g_v: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, w, scale, mean, var, mu, v = ctx.saved_tensors
+        r = (v + ctx.eps).rsqrt()
         # As if mu and v were constants: scale r g, and the sums of g (x - mu) r and of g.
         gx, g_scale, g_shift = torch.ops.aten.native_batch_norm_backward(
-            g.contiguous(), x, scale, mu, v, None, None, False, ctx.eps, [True, True, True]
+            g.contiguous(), x, scale, mu, v, mu, r, False, ctx.eps, [True, True, True]
         )
-        r = (v + ctx.eps).rsqrt()
         slope = scale * r
         # eq-adab2n-gradient:  the whole derivatives by v and mu, then what these send to x and to w
         d_v = torch.addcmul(g_v, slope * r, g_scale, value=-0.5)

@@ -1,4 +1,5 @@
-"""What recomputing in the backward pass (``torch.utils.checkpoint``) would lose without a word.
+"""What a call of a frozen module would lose without a word: gradients and tasks where it is recomputed in the backward
+pass (``torch.utils.checkpoint``), weights that are not in memory.
 
 >>> import torch
 >>> from torch.utils.checkpoint import checkpoint
@@ -14,11 +15,12 @@ from __future__ import annotations
 import sys
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-__all__ = ["loses_gradients", "recomputing", "will_be_recomputed"]
+__all__ = ["is_bare", "loses_gradients", "on_meta", "recomputing", "will_be_recomputed"]
 
+WITHOUT_NUMBERS = "some on the meta device, without numbers (offloaded between calls, or not loaded yet)"
 REENTRANT = CheckpointFunction.forward.__code__
 
 
@@ -52,3 +54,18 @@ def _reentrant_inputs() -> tuple[object, ...] | None:
         frame = frame.f_back  # type: ignore[assignment]
     inputs: tuple[object, ...] | None = None if frame is None else frame.f_locals["args"]
     return inputs
+
+
+def on_meta(module: nn.Module) -> bool:
+    """Whether the weights that an adapter reads or has lie on the meta device, where they have a shape and no numbers.
+
+    >>> on_meta(nn.Linear(2, 2)), on_meta(nn.Linear(2, 2, device="meta"))
+    (False, True)
+    """
+    weight = module.weight if "weight" in module._parameters else next(module.parameters(), None)
+    return weight is not None and bool(weight.is_meta)
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether the module runs as its class says: no ``forward`` was set on it or on a module within."""
+    return not any("forward" in vars(m) for m in module.modules())
