@@ -431,6 +431,11 @@ class Listed(Reader):
         return x @ self.inner["v"].weight
 
 
+class Served(Reader):
+    def predict(self, x: Tensor) -> Tensor:  # called by another module
+        return x @ self.q.weight
+
+
 class Asking(Reader):
     def forward(self, x: Tensor) -> Tensor:
         if self.q.bias is not None and self.q.weight.size(0) == 4:
@@ -442,7 +447,7 @@ class Asking(Reader):
     ("kind", "paths"),
     [
         (Reader, set()), (Helper, {"q"}), (Function, {"q"}), (Renamed, {"q"}), (Handed, {"q"}), (Property, {"q"}),
-        (Listed, {"many.*", "inner.v"}), (Asking, set()),
+        (Listed, {"many.*", "inner.v"}), (Asking, set()), (Served, {"q"}),
     ],
 )  # fmt: skip
 def test_weights_that_other_code_reads(kind: type[Reader], paths: set[str]) -> None:
