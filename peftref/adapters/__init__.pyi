@@ -21,6 +21,7 @@ from .core.activations import shared_inputs as shared_inputs
 from .core.activations import token_mask as token_mask
 from .core.adapter import Adapter as Adapter
 from .core.adapter import PeftFormat as PeftFormat
+from .core.bank import Bank as Bank
 from .core.bypass import bypassed as bypassed
 from .core.bypass import call_with_taps as call_with_taps
 from .core.files import config as config
@@ -41,6 +42,7 @@ from .core.layers import refusal as refusal
 from .core.layers import view as view
 from .core.layers import width as width
 from .core.modes import balanced as balanced
+from .core.modes import modes as modes
 from .core.phm import PHM as PHM
 from .core.phm import Rule as Rule
 from .core.phm import phm_linear as phm_linear
@@ -52,6 +54,8 @@ from .core.spectra import absorb as absorb
 from .core.spectra import agreement as agreement
 from .core.switch import Tasks as Tasks
 from .core.switch import agreed_names as agreed_names
+from .core.targets import by_pattern as by_pattern
+from .core.targets import exactly as exactly
 from .core.targets import find as find
 from .core.targets import frozen_module as frozen_module
 from .core.targets import matches as matches
@@ -88,7 +92,6 @@ from .experiments.transfer import update_rank as update_rank
 from .hydra import Hydra as Hydra
 from .hydra import as_lora as as_lora
 from .hydra import save_as_lora as save_as_lora
-from .tera import Bank as Bank
 from .tera import TeRA as TeRA
 from .tera import error_terms as error_terms
 from .tera import expand as expand
@@ -158,6 +161,7 @@ __all__ = [
     "bottleneck",
     "branch",
     "build",
+    "by_pattern",
     "bypassed",
     "call_with_taps",
     "collect",
@@ -167,6 +171,7 @@ __all__ = [
     "conflict",
     "dead_share",
     "error_terms",
+    "exactly",
     "expand",
     "find",
     "fresh",
@@ -184,6 +189,7 @@ __all__ = [
     "load",
     "matches",
     "merge",
+    "modes",
     "modules_by_name",
     "multiply",
     "orthogonal_penalty",

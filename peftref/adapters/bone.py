@@ -109,7 +109,7 @@ def tiles(r: int, i: int) -> Tensor:
 
 def pool(x: Tensor, r: int) -> Tensor:
     """What S lets through, ``x S^T`` (eq-bone-pooled), the sums of every r-th input: ``(..., i) -> (..., r)``."""
-    shards, rest = divmod(x.shape[-1], r)
+    shards, rest = divmod(int(x.shape[-1]), r)  # while a model is traced, sizes are tensors
     if rest:  # zeros fill the last shard up
         x = F.pad(x, (0, r - rest))
         shards = shards + 1
@@ -181,11 +181,10 @@ class Bone(Adapter):
     def forward(self, x: Tensor, y0: Tensor, base: Layer) -> Tensor:
         windows = len(base.window) > 1  # a convolution
         if self.variant == "bat":
-            if windows:
+            if windows or base.module.weight.requires_grad:  # trained too, it gets its gradient
                 return base.linear(x, bat(base.weight, self.miss_block))
             weight = view(base.module, base.module.weight.dtype).weight
-            dy: Tensor = _Bat.apply(x, weight, self.miss_block, False, None)
-            return dy
+            return _through_bat(x, weight, self.miss_block, False, None)
         D = self._columns(base)
         # eq-bone-pooled:  dy = (x S^T) D
         S_x = base.linear(x, tiles(self.r, base.in_features).to(D)) if windows else pool(x, self.r)
@@ -194,8 +193,7 @@ class Bone(Adapter):
     def whole(self, x: Tensor, base: Layer) -> Tensor | None:
         if self.variant != "bat":
             return None
-        y: Tensor = _Bat.apply(x, base.weight, self.miss_block, True, base.bias)
-        return y
+        return _through_bat(x, base.weight, self.miss_block, True, base.bias)
 
     def delta(self, base: Layer) -> tuple[Tensor, Tensor | None]:
         if self.variant == "bat":
@@ -213,11 +211,17 @@ class _Bat(torch.autograd.Function):
     Nothing is kept but x, W and B: the update is made again in the backward pass.
     """
 
+    generate_vmap_rule = True  # for the gradients of single samples
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, block: Tensor, whole: bool, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight, block)
-        ctx.whole = whole
+    def forward(x: Tensor, weight: Tensor, block: Tensor, whole: bool, bias: Tensor | None) -> Tensor:
         return F.linear(x, _bat(weight.to(block.dtype), block, whole), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, block, ctx.whole, _ = inputs
+        ctx.save_for_backward(x, weight, block)
+        ctx.save_for_forward(x, weight, block)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -236,6 +240,24 @@ class _Bat(torch.autograd.Function):
             # eq-bone-gradient:  dB_a = sum_b W_ab^T G_ab + sum_b G_ab
             dB = torch.baddbmm(G.view(groups, r, -1, r).sum(2), rows.mT, rows_of_G)
         return dx, None, dB, None, None
+
+
+class _BatBothWays(_Bat):
+    """With derivatives in forward mode too, of which a compiler wants to know nothing."""
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor | None, _: None, dB: Tensor | None, *__: None) -> Tensor:
+        x, weight, block = ctx.saved_tensors
+        weight = weight.to(block.dtype)
+        parts = [] if dx is None else [F.linear(dx, _bat(weight, block, ctx.whole))]
+        parts += [] if dB is None else [F.linear(x, bat(weight, dB))]  # bat is linear in B
+        return sum(parts[1:], parts[0])
+
+
+def _through_bat(x: Tensor, weight: Tensor, block: Tensor, whole: bool, bias: Tensor | None) -> Tensor:
+    product = _Bat if torch.compiler.is_compiling() else _BatBothWays
+    y: Tensor = product.apply(x, weight, block, whole, bias)
+    return y
 
 
 def _bat(weight: Tensor, block: Tensor, whole: bool) -> Tensor:

@@ -61,9 +61,8 @@ from .baselines.lora import LoRA
 from .core.activations import input_rows, masks_of, record_inputs, run, shared_inputs, token_mask
 from .core.injection import build, install
 from .core.layers import view
-from .core.plain import exactly, meant
 from .core.spectra import ROUTES, Accumulator, Spectrum
-from .core.targets import frozen_module, modules_by_name
+from .core.targets import exactly, find
 
 __all__ = ["Directions", "collect", "inject_eva", "redistribute", "start"]
 
@@ -191,8 +190,7 @@ def collect(
     integer("max_batches", max_batches, 1)
     one_of("route", route, ROUTES)
     model = unwrapped(model)  # hooks are not seen by what is compiled
-    named = modules_by_name(model)
-    layers = {n: frozen_module(named[own]) for n, own in meant(model, targets, exclude).items()}
+    layers = find(model, targets, exclude)
     k = {n: min(round(rho * r), view(module).in_features) for n, module in layers.items()}
     budget = sum(min(r, most) for most in k.values())
     groups: dict[str, list[str]] = {}  # first of the layers with one input -> all of them
@@ -274,14 +272,12 @@ def inject_eva(
     # eq-eva-alpha:  alpha_l = alpha r_l / r, so that alpha_l / r_l is the same everywhere
     scaled = {n: lora_alpha * (q / found.r) ** power if adjust else lora_alpha for n, q in ranks.items()}
     own = {n: {"r": q, "lora_alpha": scaled[n]} for n, q in ranks.items()}
-    layers = meant(model, exactly(ranks))
-    names = {layers.get(n, n): n for n in ranks}  # in this model, which may be wrapped -> in what was found
-    new = build(model, LoRA, exactly(names), per_layer={n: own[names[n]] for n in names}, **options)
+    new = build(model, LoRA, exactly(ranks), per_layer=own, **options)
     for n, adapter in new.items():
         A = adapter.get_parameter("lora_A.weight")
-        A.data.copy_(start(found.spectra[names[n]], ranks[names[n]], whiten=whiten).view_as(A))
+        A.data.copy_(start(found.spectra[n], ranks[n], whiten=whiten).view_as(A))
     install(model, new, name, freeze=freeze)
-    return [names[n] for n in new]
+    return list(new)
 
 
 def _take(

@@ -72,7 +72,6 @@ from .core.adapter import Adapter
 from .core.files import config, write_files
 from .core.injection import adapters
 from .core.layers import Layer, view
-from .core.plain import plainly
 from .core.targets import frozen_module, modules_by_name
 from .core.trained import PREFIX, kept, keyed
 
@@ -191,8 +190,8 @@ def save_as_lora(
         TypeError: one that is no Hydra; or as in :func:`~peftref.adapters.core.files.save`.
         RuntimeError: the model is merged; its frozen weights are needed.
     """
-    found = plainly(model, adapters(model, name))
-    hosts = plainly(model, {n: modules_by_name(model)[n] for n in adapters(model, name)})
+    found = adapters(model, name)
+    hosts = {n: modules_by_name(model)[n] for n in found}
     hydras = {n: a for n, a in found.items() if isinstance(a, Hydra)}
     other = [n for n in found if n not in hydras]
     if other:

@@ -9,8 +9,9 @@ The update :math:`\Delta W\in\mathbb R^{o\times i}` is folded, row-major, into a
 .. math::
     \Delta\mathcal W(i_1,\dots,i_N)=\sum_{r_1,\dots,r_N}\mathcal G(r_1,\dots,r_N)\prod_n d^{(n)}(r_n)\,A^{(n)}(r_n,i_n),
 
-of which the core and the factors are random, frozen, and shared by all layers of one shape. Each layer trains the
-vectors :math:`d^{(n)}` between them, :math:`\sum_nR_n` parameters. As matrices (eq-tera-update):
+of which the core and the factors are random, frozen, and shared by all layers of one shape, in a
+:class:`~peftref.adapters.core.bank.Bank`. Each layer trains the vectors :math:`d^{(n)}` between them, :math:`\sum_nR_n`
+parameters. As matrices (eq-tera-update):
 
 .. math::
     \Delta W = L\,\mathrm{diag}(u)\,G\,\mathrm{diag}(v)\,M,\qquad
@@ -42,6 +43,7 @@ squared, as it must be (eq-tera-bound).
 
 >>> import torch
 >>> from torch import nn
+>>> from peftref.adapters.core.bank import Bank
 >>> from peftref.adapters.core.injection import adapters, inject, merge
 >>> net = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).double()
 >>> x = torch.randn(5, 12).double()
@@ -65,9 +67,7 @@ from __future__ import annotations
 
 import functools
 import math
-import zlib
-from collections.abc import Hashable, Sequence
-from typing import cast
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -75,12 +75,13 @@ from torch import Tensor, nn
 
 from .._checks import integer, one_of
 from .core.adapter import Adapter
+from .core.bank import Bank
 from .core.layers import Layer
-from .core.modes import balanced
+from .core.modes import modes
 
-__all__ = ["Bank", "TeRA", "error_terms", "expand", "multiply", "rank_bound", "rank_one", "update"]
+__all__ = ["TeRA", "error_terms", "expand", "multiply", "rank_bound", "rank_one", "update"]
 
-FACTORS = ("random", "identity")
+FACTORS = ("random", "identity", "given")
 
 
 def expand(vectors: Sequence[Tensor]) -> Tensor:
@@ -166,60 +167,6 @@ def error_terms(
     return (target - reached).square().sum(), few, (vectors[: len(left)], vectors[len(left) :])
 
 
-class _Network(nn.Module):
-    """The frozen tensors of one shape."""
-
-    core: Tensor
-
-    def __init__(
-        self, seed: int, left: Sequence[tuple[int, int]], right: Sequence[tuple[int, int]], factors: str, saved: bool
-    ) -> None:
-        super().__init__()
-        # Shapes do not share entries. Torch's CPU generator reads 32 bits of a seed, so all goes into these.
-        g = torch.Generator().manual_seed(zlib.crc32(repr((seed, tuple(left), tuple(right))).encode()))
-        # Drawn on the CPU in float32, whatever the default device and type: the same on every machine.
-        draw = functools.partial(torch.randn, generator=g, device="cpu", dtype=torch.float32)
-        rows, columns = (math.prod(r for r, _ in side) for side in (left, right))
-        self.register_buffer("core", draw(rows, columns) / math.sqrt(columns), persistent=saved)
-        for name, side in (("left", left), ("right", right)):
-            for n, (r, size) in enumerate(side):
-                factor = draw(r, size) / math.sqrt(r)
-                factor = factor if factors == "random" else torch.eye(r, size, device="cpu", dtype=torch.float32)
-                self.register_buffer(f"{name}_{n}", factor, persistent=saved)
-        self.sides = len(left), len(right)
-
-    def parts(self, like: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Core, left and right factors where ``like`` is; elsewhere only if layers of one shape are on many devices."""
-        left, right = (
-            [getattr(self, f"{name}_{n}").to(like) for n in range(size)]
-            for name, size in zip(("left", "right"), self.sides, strict=True)
-        )
-        return self.core.to(like), left, right
-
-
-class Bank:
-    """The frozen tensors of all layers, kept once for each shape: give the same bank to all.
-
-    Args:
-        seed: of all that is drawn: with it, a saved adapter finds its bank again.
-    """
-
-    def __init__(self, seed: int = 0) -> None:
-        if integer("seed", seed, 0) >= 2**31:
-            raise ValueError(f"seed: expected an integer in [0, 2^31), got {seed!r}")
-        self.seed = seed
-        self.networks: dict[tuple[Hashable, ...], _Network] = {}
-
-    def network(
-        self, left: Sequence[tuple[int, int]], right: Sequence[tuple[int, int]], factors: str, saved: bool
-    ) -> nn.Module:
-        """The tensors for modes ``(R_n, I_n)``, drawn when they are first asked for."""
-        key = (tuple(left), tuple(right), factors, saved)
-        if key not in self.networks:
-            self.networks[key] = _Network(self.seed, *key)
-        return self.networks[key]
-
-
 class TeRA(Adapter):
     """Trained vectors u, v in a frozen network, ``dW = L diag(u) G diag(v) M`` (eq-tera-update).
 
@@ -228,16 +175,16 @@ class TeRA(Adapter):
         out_modes: how the output is split: into so many factors, as equal as they can be (a prime stays whole), or into
             these (1: in the paper accuracy falls when both sides are split).
         in_modes: how the input is split, likewise (2: in the paper it hardly matters how one side is split).
-        r: largest ``R_n``; None: ``R_n = I_n``, the paper's advice.
-        factors: "random", or "identity" for the paper's ablation, the core alone.
+        r: largest ``R_n``, or each of them, the output's first; None: ``R_n = I_n``, the paper's advice.
+        factors: "random"; "identity" for the paper's ablation, the core alone; or "given", the tensors of ``bank``.
         seed: of the bank; None: that of ``bank``, or 0.
         save_bank: keep the bank in files too, once. It is large, and comes back from the seed unless torch's generator
             should change.
         bank: that the layers share; never in a file by itself. None: one of its own, with the same entries.
 
     Raises:
-        ValueError: modes that do not give the layer's size, a rank below one, unknown factors, or another seed than the
-            bank's.
+        ValueError: modes that do not give the layer's size, a rank below one, another number of ranks than of modes,
+            unknown factors, another seed than the bank's, or a bank without the tensors that it was to be given.
     """
 
     kind = "tera"
@@ -248,28 +195,32 @@ class TeRA(Adapter):
         base: Layer,
         out_modes: int | Sequence[int] = 1,
         in_modes: int | Sequence[int] = 2,
-        r: int | None = None,
+        r: int | Sequence[int] | None = None,
         factors: str = "random",
         seed: int | None = None,
         save_bank: bool = False,
         bank: Bank | None = None,
     ) -> None:
         super().__init__()
-        left = _modes("out_modes", base.out_features, out_modes)
-        right = _modes("in_modes", base.in_features, in_modes)
-        if r is not None:
-            integer("r", r, 1)
+        left = modes("out_modes", base.out_features, out_modes)
+        right = modes("in_modes", base.in_features, in_modes)
+        ranks = _ranks((*left, *right), r)
         one_of("factors", factors, FACTORS)
         if bank is not None and seed not in (None, bank.seed):
             raise ValueError(f"seed: expected that of the bank, {bank.seed}, or None, got {seed!r}")
+        if factors == "given" and bank is None and not save_bank:
+            raise ValueError(
+                "bank: expected the bank that was given the tensors, got None; with save_bank files keep it"
+            )
         bank = bank or Bank(seed or 0)
         self.out_modes, self.in_modes = (m if isinstance(m, int) else list(m) for m in (out_modes, in_modes))
-        self.r = r
+        self.r = list(r) if isinstance(r, Sequence) else r
         self.factors = factors
         self.seed = bank.seed
         self.save_bank = save_bank
-        sides = [[(min(size, r or size), size) for size in side] for side in (left, right)]
-        self.network = cast(_Network, bank.network(sides[0], sides[1], factors, save_bank))
+        both = list(zip(ranks, (*left, *right), strict=True))
+        sides = both[: len(left)], both[len(left) :]
+        self.network = bank.network(sides[0], sides[1], factors, save_bank)
         self.d_left = nn.ParameterList(torch.ones(rank) for rank, _ in sides[0])
         self.d_right = nn.ParameterList(torch.ones(rank) for rank, _ in sides[1])
         nn.init.zeros_(self.d_left[0])  # one vector alone: with two zeros no gradient would ever flow
@@ -302,10 +253,12 @@ class TeRA(Adapter):
         return update(*parts, list(self.d_left), list(self.d_right)), None
 
 
-def _modes(label: str, size: int, wanted: int | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(wanted, int) and not isinstance(wanted, bool) and wanted >= 1:
-        return tuple(m for m in balanced(size, wanted) if m > 1) or (1,)
-    modes = None if isinstance(wanted, (int, str)) else tuple(wanted)
-    if not modes or not all(isinstance(m, int) and m >= 1 for m in modes) or math.prod(modes) != size:
-        raise ValueError(f"{label}: expected a number of modes, or sizes with the product {size}, got {wanted!r}")
-    return modes
+def _ranks(sizes: Sequence[int], r: int | Sequence[int] | None) -> list[int]:
+    if isinstance(r, Sequence) and not isinstance(r, str):
+        if len(r) != len(sizes):
+            raise ValueError(f"r: expected a rank for each of the modes {list(sizes)}, got {r!r}")
+        return [integer("r", one, 1) for one in r]
+    if r is None:
+        return list(sizes)
+    most = integer("r", r, 1)
+    return [min(size, most) for size in sizes]

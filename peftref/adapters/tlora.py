@@ -81,7 +81,7 @@ from torch import Tensor, nn
 from .._checks import integer, one_of
 from .core.adapter import Adapter
 from .core.layers import Layer
-from .core.modes import balanced
+from .core.modes import balanced, modes
 
 __all__ = [
     "TLoRA",
@@ -229,16 +229,18 @@ class TLoRA(Adapter):
         transform_rank: R (2: of the paper's TLoRA(2, 6)); 0 for a residual alone.
         residual_rank: R' (6), which allows ``R'^2`` ranks in a ring and R' in LoRA's form; 0 for a transform alone.
         order: D, the number of modes of either side of the layer, chosen as equal as they can be.
+        out_modes: O_1, ..., O_D of the outputs, or their number, instead of ``order``.
+        in_modes: I_1, ..., I_D of the inputs, likewise.
         init: "slot" (ours) or "paper", see :func:`identity_cores`.
         residual: "tr" for a tensor ring, "lora" for two thin matrices (the paper's TLoRA*: its parameter counts agree).
 
     Raises:
-        ValueError: an option that is not one of these; both ranks zero; or a number of inputs, such as a large prime,
-            of which the factors make a transform as large as a dense one.
+        ValueError: an option that is not one of these; both ranks zero; modes whose product is not the layer's size; or
+            a number of inputs, such as a large prime, of which the factors make a transform as large as a dense one.
     """
 
     kind = "tlora"
-    options = ("transform_rank", "residual_rank", "order", "init", "residual")
+    options = ("transform_rank", "residual_rank", "order", "init", "residual", "out_modes", "in_modes")
 
     def __init__(
         self,
@@ -248,6 +250,8 @@ class TLoRA(Adapter):
         order: int = 2,
         init: str = "slot",
         residual: str = "tr",
+        out_modes: int | Sequence[int] | None = None,
+        in_modes: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -262,8 +266,9 @@ class TLoRA(Adapter):
         one_of("residual", residual, RESIDUALS)
         o = base.out_features
         i = base.in_features
-        dims = balanced(i, order)
-        if order > 1 and i > 64 and transform_rank**2 * sum(d * d for d in dims) >= i * i:
+        out_dims = balanced(o, order) if out_modes is None else modes("out_modes", o, out_modes)
+        dims = balanced(i, order) if in_modes is None else modes("in_modes", i, in_modes)
+        if len(dims) > 1 and i > 64 and transform_rank**2 * sum(d * d for d in dims) >= i * i:
             raise ValueError(
                 f"base: expected factors of in_features for which the transform has fewer parameters than a dense one, "
                 f"{i * i}, got {dims} at transform_rank={transform_rank}; order=1 is a dense one"
@@ -273,6 +278,8 @@ class TLoRA(Adapter):
         self.order = order
         self.init = init
         self.residual = residual
+        self.out_modes = None if out_modes is None else list(out_dims)
+        self.in_modes = None if in_modes is None else list(dims)
         self.A = nn.ParameterList()
         self.B = nn.ParameterList()
         self.C = nn.ParameterList()
@@ -280,7 +287,7 @@ class TLoRA(Adapter):
             self.A.extend(identity_cores(dims, transform_rank, init))
         if residual_rank and residual == "tr":
             shape = (residual_rank, residual_rank)
-            for side, sizes in ((self.B, balanced(o, order)), (self.C, dims)):
+            for side, sizes in ((self.B, out_dims), (self.C, dims)):
                 side.extend(torch.randn(d, *shape) / (d * math.sqrt(residual_rank)) for d in sizes)
             nn.init.zeros_(self.B[0])
         elif residual_rank:

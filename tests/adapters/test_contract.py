@@ -21,6 +21,7 @@ from peftref.adapters.baselines.hyperformer import Hyperformer, HyperNet
 from peftref.adapters.baselines.lora import LoRA
 from peftref.adapters.bone import Bone
 from peftref.adapters.core.adapter import Adapter
+from peftref.adapters.core.bank import Bank
 from peftref.adapters.core.files import load, save
 from peftref.adapters.core.host import Host
 from peftref.adapters.core.injection import activate, adapters, inject, merge, unload, unmerge
@@ -28,7 +29,7 @@ from peftref.adapters.core.layers import Layer, view
 from peftref.adapters.core.phm import Rule
 from peftref.adapters.core.switch import Tasks
 from peftref.adapters.hydra import Hydra
-from peftref.adapters.tera import Bank, TeRA
+from peftref.adapters.tera import TeRA
 from peftref.adapters.tlora import TLoRA
 from peftref.adapters.vl_adapter import VLAdapter
 

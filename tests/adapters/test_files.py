@@ -114,14 +114,14 @@ def test_tensors_that_do_not_fit(change, said: str, tmp_path) -> None:
         ({"lora_dropout": "0.1"}, ValueError, "lora_dropout: expected a float, got '0.1'"),
         ({"lora_alpha": None}, ValueError, "lora_alpha: expected"),
         ({"lora_alpha": float("nan")}, ValueError, "lora_alpha: expected"),
-        ({"rank_pattern": [2]}, ValueError, r"rank_pattern: expected values by the name of a layer, got \[2\]"),
+        ({"rank_pattern": [2]}, TypeError, r"rank_pattern: expected a dictionary of values by name, got \[2\]"),
         ({"rank_pattern": {"0": "2"}}, ValueError, "rank_pattern: expected finite numbers, got '2' for 0"),
         ({"alpha_pattern": {"0": True}}, ValueError, "alpha_pattern: expected finite numbers, got True for 0"),
         ({"alpha_pattern": {"(": 2}}, ValueError, r"alpha_pattern: expected regular expressions, got '\('"),
         (
             {"alpha_pattern": {"fc": 2}},
             ValueError,
-            r"alpha_pattern: expected names of layers among \['0', '2'\], got 'fc'",
+            r"alpha_pattern: expected patterns of adapted layers, got 'fc', none of \['0', '2'\]",
         ),
         ({"per_layer": ["0"]}, ValueError, "per_layer: expected the options of single layers, by name"),
         ({"per_layer": {"1": {"r": 2}}}, ValueError, r"per_layer: expected names among \['0', '2'\], got \['1'\]"),
@@ -300,3 +300,30 @@ def test_options_of_a_newer_peft_that_are_off(tmp_path) -> None:
     other = net()
     load(other, tmp_path)
     assert torch.equal(other(torch.ones(4)), model(torch.ones(4)))
+
+
+def test_patterns_and_names_of_a_file_that_match_nothing(tmp_path) -> None:
+    net = nn.ModuleDict({"q": nn.Linear(3, 3), "k": nn.Linear(3, 3)})
+    inject(net, LoRA, ["q", "k"], r=2, per_layer={"q": {"lora_alpha": 3}})
+    save(net, tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+
+    def opened(**changes: object) -> nn.Module:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(written | changes))
+        other = nn.ModuleDict({"q": nn.Linear(3, 3), "k": nn.Linear(3, 3)})
+        load(other, tmp_path)
+        return other
+
+    for pattern in ("alpha_pattern", "rank_pattern"):
+        for key, said in (
+            ("^p", "patterns of adapted layers, got '\\^p', none of"),
+            ("(q", r"expressions, got '\(q' \("),
+        ):
+            with pytest.raises(ValueError, match=f"{pattern}: expected .*{said}"):
+                opened(**{pattern: {key: 3}})
+        with pytest.raises(TypeError, match=f"{pattern}: expected a dictionary"):
+            opened(**{pattern: ["q"]})
+    first = opened(alpha_pattern={"q": 5, "[qk]": 7})
+    assert [a.lora_alpha for a in adapters(first).values()] == [5, 7]  # the first that fits, as in PEFT
+    # one file for several models: its tensors say which layers are meant
+    assert list(adapters(opened(target_modules=["q", "k", "query"], exclude_modules=["head"]))) == ["q", "k"]

@@ -18,6 +18,7 @@ from peftref.adapters.core.host import Host
 from peftref.adapters.core.injection import activate, adapters, build, inject, install, merge, unload, unmerge
 from peftref.adapters.core.layers import Layer, refusal, view
 from peftref.adapters.core.targets import find, modules_by_name
+from peftref.adapters.eva import collect
 from peftref.models import SmallCNN
 
 
@@ -81,9 +82,10 @@ def fill(net: nn.Module, name: str = "default") -> None:
         (["q_proj"], (), ["blocks.0.q_proj", "blocks.1.q_proj"]),
         (["blocks.1.q_proj", "head"], (), ["blocks.1.q_proj", "head"]),
         (r"blocks\.0\.[qv]_proj", (), ["blocks.0.q_proj", "blocks.0.v_proj"]),
-        (["mlp.0", "q_proj"], [".0", "blocks.0.q_proj", "mlp.0"], ["blocks.1.q_proj"]),
+        (["mlp.0", "q_proj"], ["blocks.0.q_proj", "mlp.0"], ["blocks.1.q_proj"]),
         ("all-linear", r"blocks\.0\..*|.*mlp.*", ["blocks.1.q_proj", "blocks.1.v_proj", "head"]),
-        (("head",), "all-lin", ["head"]),
+        (("head",), r"blocks.*", ["head"]),
+        (iter(["head"]), iter(["q_proj"]), ["head"]),
         ({"head"}, [], ["head"]),
         (["_proj"], [], None),  # an end of a name begins after a dot
         (["q"], [], None),
@@ -366,6 +368,26 @@ def test_bad_arguments_change_nothing(arguments, options, error, said: str) -> N
     with pytest.raises(error, match=said):
         inject(net, *arguments, **options)
     assert look(net) == before
+
+
+@pytest.mark.parametrize(
+    ("targets", "exclude", "said"),
+    [
+        (["q_proj", "v_porj"], (), r"targets: expected names of layers, .* got \['v_porj'\]"),
+        (iter(["q_proj", "v_porj"]), (), r"targets: .* got \['v_porj'\]"),
+        (["q_proj"], ["head", "haed"], r"exclude: .* got \['haed'\]"),
+        (["q_proj"], "haed", r"exclude: .* got \['haed'\]"),
+        ("all-linear", "all-lin", r"exclude: .* got \['all-lin'\]"),
+    ],
+)
+def test_each_name_must_be_a_layers(targets, exclude, said: str) -> None:
+    net = model()
+    before = look(net)
+    with pytest.raises(ValueError, match=said):
+        inject(net, LoRA, targets, exclude=exclude)
+    assert look(net) == before
+    with pytest.raises(ValueError, match=r"targets: .* got \['v_porj'\]"):
+        collect(net, ["q_proj", "v_porj"], [torch.randn(9, 4)], r=1)
 
 
 def test_what_is_not_there_is_named() -> None:

@@ -170,3 +170,25 @@ def test_what_it_can_and_we_cannot_is_refused(options: dict, said: str, tmp_path
     theirs.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"^{said}: expected"):
         load(fresh("vision")[0], tmp_path)
+
+
+def test_a_layer_in_two_places_and_a_reflecting_convolution(tmp_path) -> None:
+    """Where PEFT's model is another one than ours, though the file is the same."""
+
+    def made() -> nn.Sequential:
+        torch.manual_seed(0)
+        conv = nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect")
+        return nn.Sequential(conv, nn.Tanh(), conv)
+
+    ours, x = made(), torch.randn(1, 2, 5, 5)
+    assert inject(ours, LoRA, ["0"], r=2) == ["0"]
+    nn.init.normal_(adapters(ours)["0"].lora_B.weight)
+    assert ours[0] is ours[2]
+    save(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(made(), tmp_path).eval()
+    inner = theirs.base_model.model
+    assert type(inner[2]) is nn.Conv2d and inner[2] is inner[0].base_layer  # one of the two places
+    layer = inner[0]
+    assert not torch.allclose(layer(x), ours[0](x), atol=1e-3)  # theirs pads the update's input with zeros,
+    layer.merge()
+    assert_close(layer(x), ours[0](x), rtol=1e-4, atol=1e-5)  # and merged it does not

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from peftref.adapters.core.bank import Bank
 from peftref.adapters.core.files import load, save
 from peftref.adapters.core.injection import adapters, inject, merge
 from peftref.adapters.core.layers import view
-from peftref.adapters.tera import Bank, TeRA, error_terms, expand, multiply, rank_bound, rank_one, update
+from peftref.adapters.tera import TeRA, error_terms, expand, multiply, rank_bound, rank_one, update
 from tests._naive.tera import tera as naive_tera
 
 DOUBLE = {"dtype": torch.float64}
@@ -298,7 +299,7 @@ def test_layers_of_one_bank_on_two_types_are_right_still() -> None:
 
 def test_what_is_drawn_does_not_depend_on_the_process_or_its_defaults() -> None:
     script = (
-        "import torch; from torch import nn; from peftref.adapters.tera import Bank; torch.manual_seed(5);"
+        "import torch; from torch import nn; from peftref.adapters import Bank; torch.manual_seed(5);"
         "torch.set_default_dtype(torch.float64); torch.set_default_device('meta');"
         "n = Bank(7).network([(6, 6)], [(3, 3), (2, 2)], 'random', False);"
         "print([t.double().sum(dtype=torch.float64).item().hex() for t in n.buffers()])"
@@ -397,7 +398,7 @@ def test_merging_is_one_more_matrix() -> None:
         ({"in_modes": []}, "in_modes: expected a number of modes"),
         ({"in_modes": "22"}, "in_modes: expected a number of modes"),
         ({"r": 0}, "r: expected an integer >= 1, got 0"),
-        ({"factors": "eye"}, r"factors: expected one of \['random', 'identity'\], got 'eye'"),
+        ({"factors": "eye"}, r"factors: expected one of \['random', 'identity', 'given'\], got 'eye'"),
         ({"seed": -1}, "seed: expected an integer >= 0, got -1"),
         ({"seed": 2**31}, r"seed: expected an integer in \[0, 2\^31\), got 2147483648"),
         ({"seed": 2, "bank": Bank(1)}, "seed: expected that of the bank, 1, or None, got 2"),
@@ -408,3 +409,65 @@ def test_bad_options_change_nothing(options: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         inject(net, TeRA, ["0", "1"], per_layer={"1": options})
     assert type(net[0]) is nn.Linear and all(p.requires_grad for p in net.parameters())
+
+
+# -- tensors, ranks and modes of one's own
+
+
+def test_given_tensors(tmp_path) -> None:
+    torch.manual_seed(0)
+    core, left, right = torch.randn(4, 6), [torch.randn(4, 8)], [torch.randn(2, 3), torch.randn(3, 4)]
+    x = torch.randn(5, 12)
+
+    def plain() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(12, 8))
+
+    options = {"out_modes": [8], "in_modes": [3, 4], "r": [4, 2, 3], "factors": "given"}
+    for saved in (False, True):
+        net = plain()
+        inject(net, TeRA, ["0"], bank=Bank(given=[(core, left, right)]), save_bank=saved, **options)
+        adapter = adapters(net)["0"]
+        for p in adapter.parameters():
+            nn.init.normal_(p)
+        u = adapter.d_left[0]
+        v = torch.kron(*adapter.d_right)
+        dW = left[0].T @ torch.diag(u) @ core @ torch.diag(v) @ torch.kron(*right)
+        assert_close(net(x), net[0].base_layer(x) + x @ dW.T)
+        save(net, tmp_path)
+        other = plain()
+        if not saved:
+            with pytest.raises(ValueError, match="bank: expected the bank that was given the tensors, got None"):
+                load(other, tmp_path)
+            with pytest.raises(ValueError, match="bank: expected one that was given tensors for"):
+                load(other, tmp_path, bank=Bank())
+        load(other, tmp_path, **({} if saved else {"bank": Bank(given=[(core, left, right)])}))
+        assert torch.equal(other(x), net(x))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ([3], r"given: expected \(core, left, right\) of each shape, got 3"),
+        ([(torch.ones(4, 6), [torch.ones(4, 8)], [])], "given: expected a core and factors that are matrices"),
+        ([(torch.ones(4, 5), [torch.ones(4, 8)], [torch.ones(6, 6)])], r"given: expected a core \[4, 6\] for these"),
+        ([(torch.ones(1, 1), [torch.ones(1, 8)], [torch.full((1, 2), torch.nan)])], "given: expected finite"),
+        ([(torch.ones(1, 1), [torch.ones(1, 8)], [torch.ones(1, 2)])] * 2, "one set of tensors for each shape"),
+    ],
+)
+def test_given_tensors_that_do_not_fit(tensors, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Bank(given=tensors)
+
+
+def test_a_rank_for_each_mode() -> None:
+    net = nn.Sequential(nn.Linear(12, 8))
+    inject(net, TeRA, ["0"], out_modes=[4, 2], in_modes=[3, 4], r=[3, 1, 2, 4])
+    adapter = adapters(net)["0"]
+    assert [len(d) for d in adapter.parameters()] == [3, 1, 2, 4] and adapter.network.core.shape == (3, 8)
+    for p in adapter.parameters():
+        nn.init.normal_(p)
+    assert int(torch.linalg.matrix_rank(adapter.delta(None)[0])) == rank_bound([3, 1], [2, 4]) == 3
+    for r in ([3, 1, 2], [3, 1, 2, 0], [3, 1, 2, 1.5]):
+        with pytest.raises(ValueError, match="r: expected"):
+            inject(nn.Sequential(nn.Linear(12, 8)), TeRA, ["0"], out_modes=[4, 2], in_modes=[3, 4], r=r)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import tests._naive.tlora as naive
+from peftref.adapters.core.files import load, save
 from peftref.adapters.core.injection import activate, adapters, inject, merge
 from peftref.adapters.core.layers import view
 from peftref.adapters.core.modes import balanced
@@ -336,3 +338,23 @@ def test_bad_options_change_nothing(options: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         inject(net, TLoRA, ["0", "1"], per_layer={"1": options})
     assert type(net[0]) is nn.Linear and all(p.requires_grad for p in net.parameters())
+
+
+def test_modes_of_ones_own(tmp_path) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(12, 8)).double(), torch.randn(5, 12).double()
+    twin = copy.deepcopy(net)
+    inject(net, TLoRA, ["0"], out_modes=[2, 4], in_modes=[2, 3, 2], transform_rank=2, residual_rank=2)
+    adapter = adapters(net)["0"]
+    assert [len(core) for core in adapter.A] == [2, 3, 2] == [len(core) for core in adapter.C]
+    assert [len(core) for core in adapter.B] == [2, 4]
+    for p in adapter.parameters():
+        nn.init.normal_(p, std=0.5)
+    W = net[0].weight @ ring_matrix(list(adapter.A)) + torch.mm(*adapter.factors())
+    assert_close(net(x), x @ W.T + net[0].bias)
+    save(net, tmp_path)
+    load(twin, tmp_path)
+    assert torch.equal(twin(x), net(x))
+    for wrong in ({"out_modes": [2, 3]}, {"in_modes": [12, 0]}, {"in_modes": "12"}, {"in_modes": [4.0, 3.0]}):
+        with pytest.raises(ValueError, match="_modes: expected a number of modes, or sizes with the product"):
+            inject(nn.Sequential(nn.Linear(12, 8)), TLoRA, ["0"], **wrong)

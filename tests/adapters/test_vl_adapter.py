@@ -530,12 +530,15 @@ def test_some_of_the_tasks(sharing: str, options: dict) -> None:
             adapters(model)["0"].subset(Tasks(["pets", "vqa"]))
 
 
-def test_a_copy_has_tasks_of_its_own() -> None:
+def test_a_copy_follows_the_same_tasks() -> None:
     model, tasks = made("multiple")
-    twin = copy.deepcopy(model)
-    assert adapters(twin)["0"].tasks is adapters(twin)["1"].tasks is not tasks
-    adapters(twin)["0"].tasks.use("gqa")
-    assert tasks.current is None
+    x = torch.randn(3, 4, dtype=torch.float64)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    for twin in (copy.deepcopy(model), averaged.module):
+        assert adapters(twin)["0"].tasks is adapters(twin)["1"].tasks is tasks
+        for name in NAMES:
+            tasks.use(name)
+            assert torch.equal(twin(x), model(x))
 
 
 # -- what is refused

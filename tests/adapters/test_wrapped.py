@@ -16,8 +16,7 @@ from peftref._wrapped import unwrapped
 from peftref.adapters.baselines.lora import LoRA
 from peftref.adapters.core.files import config, load, save, state
 from peftref.adapters.core.host import Host
-from peftref.adapters.core.injection import adapters, inject
-from peftref.adapters.core.plain import plainly
+from peftref.adapters.core.injection import adapters, inject, merge, unload, unmerge
 from peftref.adapters.eva import collect, inject_eva
 from peftref.adapters.hydra import Hydra, save_as_lora
 from tests.adapters.test_contract import LAYERS, METHODS
@@ -166,8 +165,9 @@ def test_a_layer_compiled_by_itself_is_refused(tmp_path) -> None:
     save(source, tmp_path)
     model = Net()
     model.body[0] = compiled(model.body[0])
-    with pytest.raises(ValueError, match=re.escape("one by one, got ['body.0']")):
-        load(model, tmp_path)
+    for call in (lambda: load(model, tmp_path), lambda: inject(model, LoRA, ["body.0"], r=2)):
+        with pytest.raises(ValueError, match=re.escape("one by one, got ['body.0']")):
+            call()
     assert not any(isinstance(m, Host) for m in model.modules())
 
 
@@ -204,9 +204,33 @@ def test_hydra_as_a_lora(wrapper: str, tmp_path) -> None:
         assert (tmp_path / "wrapped" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
 
 
-def test_two_layers_of_one_plain_name_are_refused() -> None:
-    """A block and its wrapper, both adapted: one file cannot tell them apart."""
-    net = inside(nn.DataParallel)(Net())
-    assert plainly(net, {"body": 1, "head": 2}) == {"body": 1, "head": 2}
-    with pytest.raises(ValueError, match="model: expected one plain name for each layer"):
-        plainly(net, {"body": 1, "body.module": 2})
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_names_know_no_wrapper(wrapper: str) -> None:
+    """Injected into the wrapped model: names, regular expressions and what is reported are the plain model's."""
+    for targets in (["body.0"], r"body\.0", "all-linear"):
+        model = WRAPPERS[wrapper](Net())
+        plain = Net()
+        torch.manual_seed(0)
+        expected = inject(plain, LoRA, targets, r=2, per_layer={"body.0": {"r": 1}})
+        torch.manual_seed(0)
+        assert inject(model, LoRA, targets, r=2, per_layer={"body.0": {"r": 1}}) == expected
+        assert list(adapters(model)) == expected
+        shake(plain)
+        shake(model)
+        x = torch.randn(3, 8)
+        assert torch.equal(out(model, x), out(plain, x))
+        for change in (merge, unmerge, unload):
+            change(plain)
+            change(model)
+            assert torch.equal(out(model, x), out(plain, x))
+    with pytest.raises(ValueError, match=re.escape("of which there are ['body.0', 'head'], got ['bdoy.0']")):
+        inject(model, LoRA, ["bdoy.0"], r=2)
+
+
+def test_an_output_layer_is_known_through_a_wrapper() -> None:
+    class Transformer(Net):
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+    for wrapper, wrap in WRAPPERS.items():
+        assert inject(wrap(Transformer()), LoRA, "all-linear", r=2) == ["body.0"], wrapper

@@ -730,3 +730,16 @@ def test_weight_decay_spares_psi():
     optimizer.step()
     assert all((m.psi == 1).all() for m in layers)
     assert_close(net.stages[0][0].weight, 0.99 * before)
+
+
+def test_the_norm_under_vmap() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(3, 5, 2, 4, generator=g).double(), torch.rand(5, generator=g).double()
+
+    def loss(x: Tensor, w: Tensor) -> Tensor:
+        y, mu, v = balanced_norm(x, w)
+        return y.pow(3).sum() + mu.square().sum() + v.sum()
+
+    got = torch.func.vmap(torch.func.grad(loss, (0, 1)), (0, None))(x, w)
+    for n, one in enumerate(x):
+        assert_close([part[n] for part in got], list(torch.func.grad(loss, (0, 1))(one, w)))

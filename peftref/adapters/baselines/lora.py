@@ -20,7 +20,8 @@ argument            here                paper               shape
 
 Differs from the paper: :math:`A` is drawn as in the authors' code, uniform in :math:`\pm 1/\sqrt i`, where the paper
 says Gaussian. Names, shapes and defaults are those of Hugging Face PEFT, whose files open here and which opens ours.
-On a convolution :math:`A` has the layer's window, ``(r, c, h, w)``, and :math:`B` is ``(o, r, 1, 1)``.
+On a convolution :math:`A` has the layer's window, ``(r, c, h, w)``, and :math:`B` is ``(o, r, 1, 1)``; the update reads
+the input padded as the layer pads it, where PEFT's pads with zeros until it is merged.
 
 >>> import torch
 >>> from torch import nn

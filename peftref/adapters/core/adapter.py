@@ -50,6 +50,7 @@ from .layers import Layer
 
 __all__ = ["Adapter", "PeftFormat"]
 
+HELD = ("_parameters", "_former_parameters")  # where a module, and DataParallel's copy of one, keeps its weights
 KINDS: dict[str, type[Adapter]] = {}  # every method that has been imported, by its slug
 
 
@@ -130,4 +131,6 @@ class Adapter(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What it computes in."""
-        return next(self.parameters()).dtype
+        kept = (t for m in self.modules() for name in HELD for t in vars(m).get(name, {}).values() if t is not None)
+        dtype: torch.dtype = next(kept).dtype
+        return dtype

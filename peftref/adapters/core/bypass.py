@@ -16,41 +16,69 @@ only acts if the block calls that child; some blocks, such as ``MultiheadAttenti
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
-import textwrap
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+
+from ._reads import names_read, weights_read
 
 __all__ = ["bypassed", "call_with_taps"]
 
+# Words in the names of methods that run before or after a model is used, not within.
+SETUP = {
+    *("convert", "deploy", "export", "fuse", "init", "initialize", "load", "prune"),
+    *("quantize", "reparameterize", "repr", "reset", "resize", "set", "tie"),
+}
+
 
 def call_with_taps(
-    module: nn.Module, taps: Collection[str], x: Tensor, *args: Any, **kwargs: Any
+    module: nn.Module, taps: Collection[str], *args: Any, **kwargs: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The output of a module, and with which input it called some of its children.
 
     What runs is a shallow copy, which shares every child but the tapped ones. So no hook is set and nothing
-    is kept: not by a call that fails, not in another thread, and a compiler sees ordinary modules.
+    is kept: not by a call that fails, not in another thread, and a compiler sees ordinary modules. Only a module with a
+    ``forward`` set on it, which knows no copy, is itself given the tapped children for the time of the call.
 
     Raises:
-        RuntimeError: a child that is not called.
+        RuntimeError: a child that is not called, or one that the module calls without a graph where a gradient is
+            wanted, as within ``checkpoint(use_reentrant=True)``: what it gets would be a constant.
     """
     if not taps:
-        return module(x, *args, **kwargs), {}
+        return module(*args, **kwargs), {}
     inputs: dict[str, Tensor] = {}
-    twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__)
-    taps_by_name = {n: _Tap(cast(nn.Module, module._modules[n]), n, inputs) for n in taps}
-    twin.__dict__["_modules"] = {**module._modules, **taps_by_name}
-    y = twin(x, *args, **kwargs)
+    found = {n: _Tap(cast(nn.Module, module._modules[n]), n, inputs) for n in taps}
+    if "forward" in vars(module):
+        y = _call_with(module, found, *args, **kwargs)
+    else:
+        twin = object.__new__(type(module))
+        twin.__dict__.update(module.__dict__)
+        twin.__dict__["_modules"] = {**module._modules, **found}
+        y = twin(*args, **kwargs)
     uncalled = [n for n in taps if n not in inputs]
     if uncalled:
         raise RuntimeError(f"tap: expected a child that the {type(module).__name__} calls, got {', '.join(uncalled)}")
+    cut = [n for n, tap in found.items() if torch.is_grad_enabled() and not tap.graph]
+    if cut and any(isinstance(t, Tensor) and t.requires_grad for t in (*args, *kwargs.values(), *module.parameters())):
+        raise RuntimeError(
+            f"tap: expected a gradient for what {', '.join(cut)} gets, got none from a {type(module).__name__} that "
+            "runs without a graph, as within checkpoint(use_reentrant=True); set use_reentrant=False"
+        )
     return y, inputs
+
+
+def _call_with(module: nn.Module, children: Mapping[str, nn.Module], *args: Any, **kwargs: Any) -> Tensor:
+    before = dict(module._modules)
+    try:
+        module._modules.update(children)
+        y: Tensor = module(*args, **kwargs)
+        return y
+    finally:
+        module._modules.update(before)
 
 
 class _Tap(nn.Module):
@@ -61,6 +89,7 @@ class _Tap(nn.Module):
         self.child = child
         self.name = name
         self.inputs = inputs
+        self.graph = True
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -68,31 +97,23 @@ class _Tap(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("child"), name)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.inputs[self.name] = x
-        y: Tensor = self.child(x, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.inputs[self.name] = args[0] if args else next(iter(kwargs.values()))
+        self.graph = torch.is_grad_enabled()
+        y: Tensor = self.child(*args, **kwargs)
         return y
 
 
 @functools.cache
 def bypassed(parent: type[nn.Module]) -> frozenset[str]:
-    """Layers of which the parent's ``forward`` uses the weights itself, so that an adapter might never be called.
+    """Layers whose weights the parent's methods use themselves, so that an adapter might never be called.
 
-    Found in its source: ``self.name.weight`` or ``.bias`` for more than to ask its type or place.
+    Found in the source of ``forward`` and of all other methods, unless they, or those that call them, only set a module
+    up (``__init__``, ``reset_parameters``, ``fuse``): ``self.name.weight`` or ``.bias`` for more than to ask its type
+    or place, under other names too and in functions that are given the layer. A name may be a path, with ``*`` for each
+    of a list.
     """
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(parent.forward)))
-    except (OSError, TypeError, SyntaxError):  # no source, so nothing to say
-        return frozenset()
-    harmless = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr in ("dtype", "device", "shape", "ndim", "requires_grad"):
-            harmless.add(node.value)
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "hasattr"):
-            harmless.update(node.args)
-    return frozenset(
-        node.value.attr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and node.attr in ("weight", "bias") and node not in harmless
-        if isinstance(node.value, ast.Attribute) and getattr(node.value.value, "id", "") == "self"
-    )
+    own = {n for n, found in inspect.getmembers_static(parent) if inspect.isfunction(found)} - set(dir(nn.Module))
+    setup = {n for n in own | {"__init__"} if SETUP & set(n.strip("_").split("_"))}
+    only_there = setup.union(*(names_read(parent, n) for n in setup))
+    return frozenset().union(*(weights_read(parent, n) for n in {"forward"} | own - only_there))

@@ -36,9 +36,8 @@ from .adapter import Adapter
 from .formats import CONFIG, WEIGHTS, by_layer, method, misfits, options_of, read_files, written
 from .host import Host
 from .injection import adapters, build, install
-from .plain import exactly, meant, plainly
-from .targets import find, frozen_module
-from .trained import PREFIX, bare_modules, kept, keyed, listed, saved_places, shared_with
+from .targets import exactly, find, frozen_module, modules_by_name
+from .trained import PREFIX, kept, keyed, listed, saved_places, shared_with
 
 __all__ = ["config", "load", "save", "state"]
 
@@ -68,7 +67,7 @@ def config(model: nn.Module, name: str = "default", *, modules: Iterable[str] | 
         ValueError: no such adapter, or layers that differ in an option that PEFT has for all of them together; or as
             in :func:`save`.
     """
-    found = plainly(model, adapters(model, name))
+    found = adapters(model, name)
     kind = type(next(iter(found.values())))
     each = {n: {option: getattr(a, option) for option in kind.options} for n, a in found.items()}
     values = {option: [own[option] for own in each.values()] for option in kind.options}
@@ -84,11 +83,11 @@ def config(model: nn.Module, name: str = "default", *, modules: Iterable[str] | 
             else:
                 per_layer.setdefault(n, {})[option] = own[option]
     targets: list[str] | str = list(found)
-    layers = meant(model, targets, any_module=True)
+    layers = find(model, targets, any_module=True)
     if list(layers) != list(found):  # a name that ends another layer's: be exact
         targets = exactly(found)
-        layers = meant(model, targets, any_module=True)
-    layout: dict[str, Any] = {"fan_in_fan_out": _transposed(model, layers)} if kind.peft.patterns else {}
+        layers = find(model, targets, any_module=True)
+    layout: dict[str, Any] = {"fan_in_fan_out": _transposed(layers.values())} if kind.peft.patterns else {}
     if per_layer:
         layout["per_layer"] = per_layer
     beside = listed(model, kept(model, modules))
@@ -146,13 +145,14 @@ def load(model: nn.Module, path: str | Path, name: str = "default", *, freeze: b
     options = options_of(kind, spec)
     targets: Any = spec.get("target_modules")
     tensors = {_now(key, kind): t for key, t in tensors.items()}
-    layers = meant(model, targets, spec.get("exclude_modules") or (), any_module=kind.any_module)
-    if spec.get("fan_in_fan_out") and not _transposed(model, layers):
+    exclude = spec.get("exclude_modules") or ()
+    layers = find(model, targets, exclude, any_module=kind.any_module, all_names=False)  # its tensors say all
+    if spec.get("fan_in_fan_out") and not _transposed(layers.values()):
         raise ValueError("fan_in_fan_out: expected False for a model without Conv1D layers, got True")
-    own = {layers.get(n, n): of for n, of in by_layer(kind, spec, layers).items()}
-    new = build(model, kind, exactly(layers.values()), per_layer=own, **options, **extra)
+    own = by_layer(kind, spec, layers)
+    new = build(model, kind, exactly(layers), per_layer=own, **options, **extra)
     ends = spec.get("modules_to_save") or []
-    made = {n: new[layers[n]] for n in layers if not (_beside(n, ends) and _untold(n, new[layers[n]], tensors))}
+    made = {n: adapter for n, adapter in new.items() if not (_beside(n, ends) and _untold(n, adapter, tensors))}
     places = _tensors(made)
     beside = saved_places(model, ends)
     heads = keyed({n: of for modules in beside.values() for n, of in modules.items()})
@@ -168,7 +168,7 @@ def load(model: nn.Module, path: str | Path, name: str = "default", *, freeze: b
         lists = "; ".join(f"{what}: {', '.join(names)}" for what, names in found.items() if names)
         raise ValueError(f"path: expected the tensors of its configuration on this model; {lists}")
     _check_heads(model, heads, tensors, ties=() if spec.get("ensure_weight_tying") else ties)
-    install(model, {layers[n]: adapter for n, adapter in made.items()}, name, freeze=freeze)
+    install(model, made, name, freeze=freeze)
     with torch.no_grad():
         for key, place in {**places, **heads}.items():
             place.copy_(tensors[key])
@@ -195,7 +195,7 @@ def write_files(path: str | Path, tensors: Mapping[str, Tensor], spec: Mapping[s
 
 
 def _all(model: nn.Module, name: str, modules: Iterable[str] | None) -> dict[str, Tensor]:
-    return {**_tensors(plainly(model, adapters(model, name))), **keyed(kept(model, modules))}
+    return {**_tensors(adapters(model, name)), **keyed(kept(model, modules))}
 
 
 def _tensors(found: Mapping[str, Adapter]) -> dict[str, Tensor]:
@@ -236,7 +236,7 @@ def _of_the_base(model: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
     """PEFT may write an adapted head's frozen weight beside its adapter: harmless where it is this model's own."""
     own = {
         f"{PREFIX}{n}.{inside}{key}": p
-        for n, module in bare_modules(model).items()
+        for n, module in modules_by_name(model).items()
         for key, p in frozen_module(module).named_parameters(recurse=False)
         for inside in ("", "base_layer.")
     }
@@ -256,14 +256,13 @@ def _check_heads(
     tied = [key for key in ties if key not in heads] if changed else []
     if tied:
         raise ValueError(f"model: expected a weight of its own for {', '.join(tied)}, got one that the file replaces")
-    if changed and any(isinstance(m, Host) for m in bare_modules(model).values()):
+    if changed and any(isinstance(m, Host) for m in modules_by_name(model).values()):
         raise ValueError(
             "modules_to_save: expected the weights that the adapters of this model go with, got others for "
             f"{', '.join(changed)}; unload those adapters, or use another copy of the model"
         )
 
 
-def _transposed(model: nn.Module, layers: Mapping[str, str]) -> bool:
+def _transposed(layers: Iterable[nn.Module]) -> bool:
     """PEFT wants to be told of ``Conv1D``, which keeps its weight transposed."""
-    found = find(model, exactly(layers.values()), any_module=True)
-    return any(type(layer).__name__ == "Conv1D" for layer in found.values())
+    return any(type(layer).__name__ == "Conv1D" for layer in layers)

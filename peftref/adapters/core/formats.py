@@ -6,8 +6,7 @@ import importlib.util
 import inspect
 import json
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .adapter import KINDS, Adapter
+from .targets import by_pattern
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -119,30 +119,22 @@ def options_of(kind: type[Adapter], spec: Mapping[str, Any]) -> dict[str, Any]:
     return _typed(kind, {name: spec[name] for name in kind.options if name in spec})
 
 
-def by_layer(kind: type[Adapter], spec: Mapping[str, Any], layers: Iterable[str]) -> dict[str, dict[str, Any]]:
+def by_layer(kind: type[Adapter], spec: Mapping[str, Any], layers: Collection[str]) -> dict[str, dict[str, Any]]:
     """The options of single layers, by plain name.
 
     Raises:
+        TypeError: patterns that are no dictionary.
         ValueError: values of another type, a pattern that is no regular expression or that no layer matches.
     """
-    names = list(layers)
     own = spec.get("per_layer") or {}
     if not isinstance(own, dict) or not all(isinstance(options, dict) for options in own.values()):
         raise ValueError(f"per_layer: expected the options of single layers, by name, got {own!r}")
     found = {n: _typed(kind, options) for n, options in own.items()}
     for option, pattern in kind.peft.patterns.items():
-        values = spec.get(pattern) or {}
-        if not isinstance(values, dict):
-            raise ValueError(f"{pattern}: expected values by the name of a layer, got {values!r}")
-        for key, value in values.items():
+        for n, value in by_pattern(pattern, spec.get(pattern) or {}, layers).items():
             if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-                raise ValueError(f"{pattern}: expected finite numbers, got {value!r} for {key}")
-            if not any(_fits(pattern, key, n) for n in names):
-                raise ValueError(f"{pattern}: expected names of layers among {names}, got {key!r}")
-        for n in names:  # PEFT's rule: the first that fits
-            value = next((value for key, value in values.items() if _fits(pattern, key, n)), None)
-            if value is not None:
-                found.setdefault(n, {})[option] = value
+                raise ValueError(f"{pattern}: expected finite numbers, got {value!r} for {n}")
+            found.setdefault(n, {})[option] = value
     return found
 
 
@@ -179,11 +171,3 @@ def _typed(kind: type[Adapter], options: Mapping[str, Any]) -> dict[str, Any]:
         if mistaken or (isinstance(value, other) and type(value) is not type(default)):
             raise ValueError(f"{name}: expected a {type(default).__name__}, got {value!r}")
     return dict(options)
-
-
-def _fits(label: str, key: str, name: str) -> bool:
-    """Whether the key is the name, or the end of it after a dot, as a regular expression."""
-    try:
-        return re.match(rf"(.*\.)?({key})$", name) is not None
-    except re.error as error:
-        raise ValueError(f"{label}: expected regular expressions, got {key!r} ({error})") from None

@@ -30,6 +30,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ._calls import WITHOUT_NUMBERS, is_bare, on_meta
+from ._pretrained import protect
 from .adapter import Adapter
 from .host import Host
 from .layers import view
@@ -51,7 +53,8 @@ def inject(
 ) -> list[str]:
     """Put a new adapter on layers of the model, in place; it becomes the one that is active.
 
-    A layer that the model has in several places gets one adapter, and is replaced in all of them.
+    A layer that the model has in several places gets one adapter, and is replaced in all of them; PEFT replaces the
+    first alone. Files go both ways, but the models then differ.
 
     Args:
         model: any module.
@@ -61,7 +64,8 @@ def inject(
         name: of the adapter; a model can have several.
         exclude: names, ends of names or a regular expression of layers to leave alone.
         per_layer: options of single layers, by full name; None leaves that layer alone.
-        freeze: all weights that the model has so far, so that only adapters train. Unfreeze a head afterwards.
+        freeze: all weights that the model has so far, so that only adapters train. Unfreeze a head, or biases,
+            afterwards. With False all stay as they are, those of adapted layers too.
         options: of the method.
 
     Returns:
@@ -69,8 +73,9 @@ def inject(
 
     Raises:
         TypeError: ``kind`` is no adapter, a layer is of a type that the method cannot use, or an unknown option.
-        ValueError: no layer matches; one is used without being called (as in ``MultiheadAttention``); ``per_layer``
-            names a layer that is not adapted; the name is taken or not usable; or the method refuses an option.
+        ValueError: one of the names is no layer's; one is used without being called (as in ``MultiheadAttention``), or
+            its weights are on the meta device; ``per_layer`` names a layer that is not adapted; the name is taken or
+            not usable; or the method refuses an option.
         RuntimeError: the model is merged.
     """
     new = build(model, kind, targets, exclude=exclude, per_layer=per_layer, **options)
@@ -96,6 +101,12 @@ def build(
     unknown = [n for n in own if n not in layers]
     if unknown:
         raise ValueError(f"per_layer: expected names among {list(layers)}, got {unknown}")
+    only_shapes = all(p.is_meta for p in model.parameters())  # a model for its shapes alone
+    offloaded = [n for n, module in layers.items() if on_meta(module) and not (only_shapes and is_bare(module))]
+    if offloaded:
+        raise ValueError(
+            f"targets: expected layers with their weights in memory, got {offloaded} with {WITHOUT_NUMBERS}"
+        )
     made: dict[str, Adapter] = {}
     for n, module in layers.items():
         mine = own.get(n, {})
@@ -130,6 +141,7 @@ def install(model: nn.Module, new: Mapping[str, Adapter], name: str = "default",
         (fresh.get(n) or hosts[n]).adapters[name] = adapter
     swap(model, {id(modules[n]): host for n, host in fresh.items()})
     activate(model, name)
+    protect(model)
 
 
 def adapters(model: nn.Module, name: str = "default") -> dict[str, Adapter]:
@@ -170,7 +182,9 @@ def merge(model: nn.Module) -> None:
     weight another one shares (a tied head) gets a weight of its own, and the other keeps the frozen one.
 
     Raises:
-        ValueError: no adapter is active, or a merged weight would not be finite.
+        ValueError: no adapter is active; a merged weight would not be finite, or a frozen one is on the meta device; or
+            a frozen layer has hooks of its own (``module.base_layer``), which may change what it gets or gives: they
+            act on ``y0`` alone before merging and on the sum after it. On the module itself they may stay.
         TypeError: an active adapter is not linear.
         RuntimeError: the model is merged already.
     """
@@ -183,6 +197,8 @@ def merge(model: nn.Module) -> None:
         fixed = [a for a in host.active if not host.adapters[a].mergeable]
         if fixed:
             raise TypeError(f"model: expected linear adapters, got {host.adapters[fixed[0]].kind} on {n}")
+    for n, host in todo.items():
+        host.check_mergeable(n)
     folded = {n: host.fold() for n, host in todo.items()}
     broken = [n for n, both in folded.items() if not all(t is None or t.isfinite().all() for t in both)]
     if broken:
@@ -224,6 +240,7 @@ def unload(model: nn.Module, *, merged: bool = False) -> None:
     elif not any(host.merged for host in hosts.values()):
         merge(model)
     swap(model, {id(host): host.base_layer for host in hosts.values()})
+    protect(model)
 
 
 def _hosts(model: nn.Module) -> dict[str, Host]:

@@ -46,7 +46,7 @@ class Layer:
         in_features: ``i``.
         out_features: ``o``.
         window: the shape of one row of the weight as it is kept, with ``i`` entries: ``(i,)`` or ``(c, h, w)``.
-        weight: ``(o, i)``, in ``dtype``, without a gradient.
+        weight: ``(o, i)``, in ``dtype``; its gradient is of use only where the module's is trained, beside the adapter.
         bias: ``(o,)`` or None, likewise.
     """
 
@@ -60,12 +60,12 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
-        """``(o, i)``, in ``dtype``, without a gradient."""
+        """``(o, i)``, in ``dtype``."""
         raise AttributeError(f"weight: expected a layer with a matrix, got a {type(self.module).__name__}")
 
     @property
     def bias(self) -> Tensor | None:
-        """``(o,)`` or None, in ``dtype``, without a gradient."""
+        """``(o,)`` or None, in ``dtype``."""
         raise AttributeError(f"bias: expected a layer with a matrix, got a {type(self.module).__name__}")
 
     def kept(self, matrix: Tensor) -> Tensor:
@@ -100,12 +100,12 @@ class _Linear(Layer):
     @property
     def weight(self) -> Tensor:
         weight: Tensor = self.module.weight
-        return weight.detach().flatten(1).to(self.dtype)
+        return weight.flatten(1).to(self.dtype)
 
     @property
     def bias(self) -> Tensor | None:
         bias: Tensor | None = self.module.bias
-        return None if bias is None else bias.detach().to(self.dtype)
+        return None if bias is None else bias.to(self.dtype)
 
 
 class _Conv1D(_Linear):
@@ -117,7 +117,7 @@ class _Conv1D(_Linear):
     @property
     def weight(self) -> Tensor:
         weight: Tensor = self.module.weight
-        return weight.detach().T.to(self.dtype)
+        return weight.T.to(self.dtype)
 
     def kept(self, matrix: Tensor) -> Tensor:
         return matrix.T

@@ -18,18 +18,10 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from ..._wrapped import unwrapped
 from .host import Host
-from .plain import plainly
 from .targets import frozen_module, modules_by_name
 
 PREFIX = "base_model.model."  # what PEFT's two wrappers put in front of every name
-
-
-def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module but the wrappers, by plain name; in a host's place the host."""
-    named = modules_by_name(model)
-    return plainly(model, {n: m for n, m in named.items() if unwrapped(frozen_module(m)) is frozen_module(m)})
 
 
 def trained(model: nn.Module) -> dict[str, dict[str, Tensor]]:
@@ -40,7 +32,7 @@ def trained(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """
     found = {}
     astray = []
-    for n, m in bare_modules(model).items():
+    for n, m in modules_by_name(model).items():
         own = frozen_module(m)._parameters
         asking = [key for key, p in own.items() if p is not None and p.requires_grad]
         if asking and n and not isinstance(m, Host):
@@ -67,7 +59,7 @@ def kept(model: nn.Module, modules: Iterable[str] | None) -> dict[str, dict[str,
     names = [] if isinstance(modules, str) or not isinstance(modules, Iterable) else list(modules)
     if (not names and modules != [] and modules != ()) or not all(isinstance(n, str) for n in names):
         raise TypeError(f"modules: expected names of modules, or None, got {modules!r}")
-    have = bare_modules(model)
+    have = modules_by_name(model)
     unknown = [n for n in names if n not in have or not n or isinstance(have[n], Host)]
     if unknown:
         plain = [n for n, m in have.items() if n and not isinstance(m, Host)]
@@ -85,13 +77,13 @@ def keyed(modules: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def listed(model: nn.Module, names: Iterable[str]) -> list[str]:
     """The names as PEFT takes them, which are ends of names: where one ends another module's too, the whole path."""
-    others = [f"{PREFIX}{n}" for n in bare_modules(model) if n]
+    others = [f"{PREFIX}{n}" for n in modules_by_name(model) if n]
     return [n if sum(other.endswith(n) for other in others) == 1 else f"{PREFIX}{n}" for n in names]
 
 
 def saved_places(model: nn.Module, ends: Iterable[str]) -> dict[str, dict[str, dict[str, Tensor]]]:
     """For each of PEFT's ``modules_to_save`` that the model has: the modules meant and in them, and their tensors."""
-    have = bare_modules(model)
+    have = modules_by_name(model)
     found = {}
     for end in ends:
         roots = [n for n in have if n and f"{PREFIX}{n}".endswith(end)]
@@ -104,7 +96,7 @@ def saved_places(model: nn.Module, ends: Iterable[str]) -> dict[str, dict[str, d
 def shared_with(model: nn.Module, places: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """These places and all others that are the same tensors (a tied head), under PEFT's names."""
     mine = {id(place) for place in places.values()}
-    every = keyed({n: _tensors(frozen_module(m)) for n, m in bare_modules(model).items() if n})
+    every = keyed({n: _tensors(frozen_module(m)) for n, m in modules_by_name(model).items() if n})
     return {**places, **{key: t for key, t in every.items() if id(t) in mine}}
 
 

@@ -15,10 +15,11 @@ from torch import nn
 from ..adaptformer import AdaptFormer
 from ..baselines.lora import LoRA
 from ..bone import Bone
+from ..core.bank import Bank
 from ..core.injection import inject
 from ..eva import collect, inject_eva
 from ..hydra import Hydra
-from ..tera import Bank, TeRA
+from ..tera import TeRA
 from ..tlora import TLoRA
 from ..vl_adapter import VLAdapter
 from ._pieces import Claim, compare_pieces, cut_test, judged

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from ...data import load
 from ...fitting import accuracy, train
 from ..baselines.lora import LoRA
+from ..core.bank import Bank
 from ..core.injection import adapters, inject
 from ..core.layers import view
-from ..tera import Bank, TeRA
+from ..tera import TeRA
 from ._pieces import Claim, compare_pieces, cut_test, judged, protocol_of
 from .at_scale import LARGE, record_large
 from .transfer import LINEARS, probe, shifted

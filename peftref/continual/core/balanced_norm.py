@@ -64,7 +64,7 @@ def balanced_norm(
     wide = at_least_float32(x).contiguous()
     scale = wide.new_ones(x.shape[1]) if scale is None else scale.to(wide)
     shift = wide.new_zeros(x.shape[1]) if shift is None else shift.to(wide)
-    y, mu, v, *_ = _BalancedNorm.apply(wide, weights.to(wide), scale, shift, eps)
+    y, mu, v, _, _ = _BalancedNorm.apply(wide, weights.to(wide), scale, shift, eps)
     return y.to(x.dtype), mu, v
 
 
@@ -119,8 +119,8 @@ class _BalancedNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor, g_mu: Tensor, g_v: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, w, scale, mean, var, mu, v = ctx.saved_tensors
-        # As if mu and v were constants: scale r g, and the sums of g (x - mu) r and of g.
         r = (v + ctx.eps).rsqrt()
+        # As if mu and v were constants: scale r g, and the sums of g (x - mu) r and of g.
         gx, g_scale, g_shift = torch.ops.aten.native_batch_norm_backward(
             g.contiguous(), x, scale, mu, v, mu, r, False, ctx.eps, [True, True, True]
         )

@@ -183,7 +183,7 @@ class AttentionHost(Host):
         return super().forward(x)
 
     def _whole(self, adapter: Adapter, x: Tensor) -> Tensor | None:
-        return adapter.whole(x, view(self.base_layer, adapter.dtype))
+        return adapter.whole(x, view(self.base_layer, adapter.dtype)) if self._is_plain() else None
 
 
 def inject_prefix(
