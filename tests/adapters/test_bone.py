@@ -366,7 +366,7 @@ def test_files_of_the_older_name_open(case: str, tmp_path) -> None:
     assert config(net)["peft_type"] == "MISS"
 
 
-@pytest.mark.parametrize("options", [{"bias": "all"}, {"modules_to_save": ["b"]}, {"layers_to_transform": [0]}])
+@pytest.mark.parametrize("options", [{"bias": "all"}, {"layers_to_transform": [0]}])
 def test_what_it_can_and_we_cannot_is_refused(options: dict, tmp_path) -> None:
     theirs("bone").save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"

@@ -27,6 +27,7 @@ from peftref.panel.core.layout import Layout
 from peftref.panel.core.ridge import PolynomialRidge
 from peftref.panel.dml_panel import ESTIMATORS, PanelDML, aipw_score, plr_score
 from peftref.panel.experiments.dgp import dgp_fuhr_papies_2024
+from peftref.results import recorded
 from tests._naive import dml_panel as naive
 
 OLS = PolynomialRidge(1, 0.0)
@@ -767,3 +768,21 @@ def test_dummies_of_any_learner() -> None:
     found = fit(df, "dummies", Ridge(1e-8, tol=1e-12, solver="sparse_cg"), scheme="random")
     assert_allclose(found.coef_, expected.coef_, rtol=1e-5)
     assert np.isfinite(fit(df, "dummies", DecisionTreeRegressor(max_depth=3), scheme="random").coef_)
+
+
+def test_the_table_of_coverage_is_the_recorded_one() -> None:
+    rows = {
+        'linear, 10, "cre" of units': "linear",
+        'squared, 10, "cre" of units': "squared",
+        'squared, 10, "cre" of rows': "squared, folds of rows",
+        'squared, 40, "cre" of units': "squared, T = 40",
+        'squared and the square given, 10, "cre" of units': "squared, x\u00b2 given",
+        'squared, 10, "cre_general" of units': "squared, cre_general",
+        'squared, 10, "fd" of units': "squared, fd",
+    }
+    found = recorded("panel/dml_panel")
+    text = " ".join((PanelDML.__doc__ or "").split())
+    for shown, claim in rows.items():
+        assert f"{shown} {found[f'coverage, {claim}']['ours']:.0f}" in text, claim
+    seeds = {found[f"coverage, {claim}"]["seeds"] for claim in rows.values()}
+    assert len(seeds) == 1

@@ -47,7 +47,7 @@ def alone(name: str, data: Simulated, i: int, folds: Folds, **settings: object) 
     own = Folds(folds.fold[i : i + 1], folds.keep, folds.scheme)
     if name == "fd":
         own = own.select(data.panel.layout.consecutive()[0])
-    model = PanelDML(ORACLES.get(name, name), folds=own, **settings)
+    model = PanelDML(ORACLES.get(name, name), folds=own, **{"learner": PolynomialRidge(), **settings})
     x = table.filter(regex="^x")
     return model.fit(table["y"], table["w"], x, table["unit"], table["time"]).coef_
 
