@@ -14,7 +14,7 @@ The sizes ``t4`` and ``gpu`` are ImageNet-C made on the fly with the published I
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,9 @@ from ...models import from_timm, pretrained
 from ...results import finding
 from ..baselines.bn_adapt import BNAdapt
 from ..baselines.tent import Tent
-from ..core.adapted import freeze
 from ..core.views import RandomViews
 from ..cotta import CoTTA, confidence
+from ._cotta_arms import WholeTent, Wrap, arms_of, plain, published_threshold
 from .at_scale import imagenet_folder, run_at_scale
 from .evaluate import mean_error, run_seeds, running_error
 
@@ -54,7 +54,6 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 PLACE = "Table 2: CIFAR-10-C, WRN-28-10"
 RATES_OF_ALL = (3e-4, 1e-4, 1e-3, 2e-3, 4e-3)  # of the arms that train all parameters and average nothing
-Wrap = Callable[[nn.Module], nn.Module]
 
 
 def run(each: Any, *, data: Path | None = None, **settings: Any) -> dict[str, Any]:
@@ -68,31 +67,11 @@ def stream_of(name: str, rows: slice, domains: Sequence[str] = DOMAINS, cycles: 
     return continual(Split(test.x[rows], test.y[rows]), list(domains), batch_size=100, cycles=cycles, seed=seed)
 
 
-def published_threshold(net: nn.Module, name: str) -> float:
-    """The authors' rule: the 5 % quantile of the source's confidence on its training images, minus 0.05."""
-    sure = predict(net, load(name).train.x).softmax(1).amax(1)
-    return float(sure.quantile(0.05)) - 0.05
-
-
 def by_cycle(batches: Any, cycles: int) -> list[float]:
     """Mean error in % of each cycle, from the table of a run."""
     segments = batches.groupby("segment")[["wrong", "n"]].sum()
     error = (100 * segments.wrong / segments.n).to_numpy()
     return [float(e) for e in error.reshape(cycles, -1).mean(1)]
-
-
-def _plain(net: nn.Module, lr: float, m: float, r: float = 0.01) -> nn.Module:
-    return CoTTA(net, lr, m, r, n_views=0, symmetric=True)
-
-
-class _WholeTent(Tent):
-    """Tent over all parameters."""
-
-    def reset(self) -> None:
-        super().reset()
-        every = list(self.model.parameters())
-        freeze(every, trainable=every)
-        self.optimizer = self.optimizer_factory(every, lr=self.lr)
 
 
 def _small(each: Any, **settings: Any) -> dict[str, Any]:
@@ -103,7 +82,7 @@ def _small(each: Any, **settings: Any) -> dict[str, Any]:
     for name in settings["sets"]:
         tuning[name] = each(f"{name}, choice", _tuned, name, settings["rates"], settings["domains"])
         chosen[name] = {arm: min(found, key=found.get) for arm, found in tuning[name].items()}
-        arms = _arms(name, chosen[name], everything=name == "fashion8k")
+        arms = arms_of(name, chosen[name], everything=name == "fashion8k")
         tables[name] = {arm: each(f"{name}, {arm}", _measured, name, wrap, settings) for arm, wrap in arms.items()}
     arrays: dict[str, Any] = {"methods": tables, "tuning": tuning, "chosen": chosen}
     arrays["rule"] = {name: each(f"{name}, rule", _under_the_rule, name, settings) for name in tables}
@@ -119,12 +98,12 @@ def _tuned(name: str, rates: int, domains: int) -> dict[str, dict[str, float]]:
     grid: dict[str, dict[str, Wrap]] = {
         "Tent": {f"{lr:g}": partial(Tent, lr=lr) for lr in (1e-3, 3e-3, 1e-2, 3e-2, 0.1)[:rates]},
         "CoTTA": {
-            f"{lr:g} {m:g}": partial(_plain, lr=lr, m=m)
+            f"{lr:g} {m:g}": partial(plain, lr=lr, m=m)
             for lr in (1e-2, 3e-3, 3e-2)[:rates]
             for m in (0.9, 0.99, 0.999)[:rates]
         },
-        "all-parameter Tent": {f"{lr:g}": partial(_WholeTent, lr=lr) for lr in RATES_OF_ALL[:rates]},
-        "no average": {f"{lr:g}": partial(_plain, lr=lr, m=0.0) for lr in RATES_OF_ALL[:rates]},
+        "all-parameter Tent": {f"{lr:g}": partial(WholeTent, lr=lr) for lr in RATES_OF_ALL[:rates]},
+        "no average": {f"{lr:g}": partial(plain, lr=lr, m=0.0) for lr in RATES_OF_ALL[:rates]},
     }
     validation = stream_of(name, slice(700, 900), OTHERS[:domains], cycles=3 if rates > 1 else 1, seed=9)
     net = pretrained(name)
@@ -134,40 +113,6 @@ def _tuned(name: str, rates: int, domains: int) -> dict[str, dict[str, float]]:
         }
         for arm, some in grid.items()
     }
-
-
-def _arms(name: str, chosen: Mapping[str, str], everything: bool) -> dict[str, Wrap]:
-    lr, m = (float(word) for word in chosen["CoTTA"].split())
-    flip = name != "mnist5k"  # a mirrored 2 is not a 2
-
-    def views(net: nn.Module, lr: float = 1e-3) -> nn.Module:
-        return CoTTA(net, lr, n_views=4, threshold=2.0, views=RandomViews(0, flip))
-
-    def rule(net: nn.Module) -> nn.Module:
-        return CoTTA(net, n_views=4, threshold=published_threshold(net, name), views=RandomViews(0, flip))
-
-    arms: dict[str, Wrap] = {
-        "source": lambda net: net,
-        "BN-adapt": BNAdapt,
-        "Tent, tuned": partial(Tent, lr=float(chosen["Tent"])),
-        "CoTTA, tuned": partial(_plain, lr=lr, m=m),
-        "all-parameter Tent, tuned": partial(_WholeTent, lr=float(chosen["all-parameter Tent"])),
-        "no average, tuned": partial(_plain, lr=float(chosen["no average"]), m=0.0),
-        "CoTTA, rule": rule,
-        "CoTTA, views": views,
-    }
-    if everything:
-        arms |= {
-            "CoTTA, views, lr 0": partial(views, lr=0.0),
-            "CoTTA, tuned, m 0": partial(_plain, lr=lr, m=0.0),
-            "CoTTA, tuned, r 0": partial(_plain, lr=lr, m=m, r=0.0),
-            "CoTTA, tuned, r 0.1": partial(_plain, lr=lr, m=m, r=0.1),
-            "Tent, lr 0.03": partial(Tent, lr=3e-2),
-            "CoTTA, lr 0.03, m 0.999": partial(_plain, lr=3e-2, m=0.999),
-            "Tent, lr 0.1": partial(Tent, lr=0.1),
-            "CoTTA, lr 0.1, m 0.999": partial(_plain, lr=0.1, m=0.999),
-        }
-    return arms
 
 
 class _Watch:
@@ -233,7 +178,7 @@ def _clean(name: str) -> dict[str, list[float]]:
 def _class_sorted(chosen: Mapping[str, str]) -> dict[str, list[float]]:
     """Severity 3, three corruptions, one class after the other, in batches of 20."""
     test = load("fashion8k").test
-    arms = _arms("fashion8k", chosen, everything=False)
+    arms = arms_of("fashion8k", chosen, everything=False)
     found: dict[str, list[float]] = {name: [] for name in ("source", "BN-adapt", "CoTTA, tuned")}
     for seed in range(3):
         rows = slice(200 * seed, 200 * seed + 200)
