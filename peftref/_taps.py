@@ -17,13 +17,16 @@ def has_head(model: nn.Module) -> bool:
 def features_of(model: nn.Module, x: Tensor) -> Any:
     """What the model's forward hands to the classifier at its end, timm's ``pre_logits``; its output if it has none.
 
-    The model itself runs, with its hooks and a forward of its own; only the classifier does not.
+    The model itself runs, with its hooks and a forward of its own; only the classifier does not. One without a forward
+    has its two halves called.
 
     Raises:
         ValueError: a model with timm's ``forward_head`` that its forward does not call.
     """
     if not has_head(model):
         return model(x)
+    if type(model).forward is nn.Module.forward and "forward" not in vars(model):
+        return model.forward_head(model.forward_features(x), pre_logits=True)
     seen: list[Any] = []
 
     def instead(whole: Callable[..., Any]) -> Callable[..., Any]:

@@ -71,6 +71,17 @@ def test_timms_models_give_what_timm_gives(name: str) -> None:
         torch.testing.assert_close(features_of(model, x), plain(model, x), rtol=0, atol=0)
 
 
+def test_two_halves_without_a_forward_are_called() -> None:
+    class Halves(nn.Module):
+        def forward_features(self, x: Tensor) -> Tensor:
+            return x.flatten(1)
+
+        def forward_head(self, h: Tensor, pre_logits: bool = False) -> Tensor:
+            return 2 * h if pre_logits else h[:, :1]
+
+    torch.testing.assert_close(embed(Halves(), X), 2 * X.flatten(1))
+
+
 def test_a_head_that_is_not_called_is_refused() -> None:
     class Other(SmallCNN):
         def forward(self, x: Tensor) -> Tensor:
