@@ -55,7 +55,6 @@ from .core.spectra import agreement as agreement
 from .core.switch import Tasks as Tasks
 from .core.switch import agreed_names as agreed_names
 from .core.targets import by_pattern as by_pattern
-from .core.targets import exactly as exactly
 from .core.targets import find as find
 from .core.targets import frozen_module as frozen_module
 from .core.targets import matches as matches
@@ -171,7 +170,6 @@ __all__ = [
     "conflict",
     "dead_share",
     "error_terms",
-    "exactly",
     "expand",
     "find",
     "fresh",

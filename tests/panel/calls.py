@@ -208,10 +208,6 @@ CALLS: dict[str, Callable[[], Call]] = {
         dict(degree=2, alpha=1.0),
     ),
     "PolynomialRidge.fit": lambda: (panel.PolynomialRidge(2).fit, dict(X=t(12, 2).numpy(), y=t(12).numpy())),
-    "PolynomialRidge.fit_folds": lambda: (
-        panel.PolynomialRidge(2, [0.1, 1.0]).fit_folds,
-        dict(X=t(12, 2).numpy(), y=t(12).numpy(), fold=np.arange(12) % 3, keep=keep().numpy()),
-    ),
     "check_learner": lambda: (panel.check_learner, dict(learner=panel.PolynomialRidge(2))),
     "monomials": lambda: (panel.monomials, dict(n=2, degree=2, linear=0)),
     "polynomial": lambda: (

@@ -105,10 +105,8 @@ NAMELESS = {
         "check_called",
         "freeze",
         "gradient_step",
-        "has_head",
         "norm_affine",
         "own_copy",
-        "tapped",
         "use_batch_statistics",
     )
 }

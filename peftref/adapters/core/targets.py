@@ -28,7 +28,7 @@ from .bypass import bypassed
 from .host import Host
 from .layers import refusal
 
-__all__ = ["by_pattern", "exactly", "find", "frozen_module", "matches", "modules_by_name", "swap"]
+__all__ = ["by_pattern", "find", "frozen_module", "matches", "modules_by_name", "swap"]
 
 
 def frozen_module(module: nn.Module) -> nn.Module:

@@ -122,7 +122,7 @@ def _fit_predict(
     model = follow_folds(tighten(clone(learner)), fold, keep)
     model = model if scipy.sparse.issparse(x) else as_ours(model)
     if type(model) is PolynomialRidge:
-        model.fit_folds(x, y, fold, keep)  # its penalties are compared on the outer folds too
+        model._fit_folds(x, y, fold, keep)  # its penalties are compared on the outer folds too
     else:
         model.fit(x, y)
     if scipy.sparse.issparse(x):

@@ -52,9 +52,9 @@ class PolynomialRidge(RegressorMixin, BaseEstimator):
 
     def fit(self, X: NDArray[Any], y: NDArray[Any]) -> PolynomialRidge:  # noqa: N803 (scikit-learn's name)
         """Fit ``(n, J)`` to ``(n,)``; several ``alpha`` are compared on five folds of rows, in the order given."""
-        return self.fit_folds(X, y)
+        return self._fit_folds(X, y)
 
-    def fit_folds(
+    def _fit_folds(
         self,
         X: NDArray[Any],  # noqa: N803
         y: NDArray[Any],
@@ -68,8 +68,13 @@ class PolynomialRidge(RegressorMixin, BaseEstimator):
             y: target ``(n,)``.
             fold: of each row, ``(n,)`` (five folds of rows).
             keep: ``(K, K)``, which folds train the model of which (all others).
+
+        Raises:
+            ValueError: folds that are no numbers from 0 on, one for each row, or no truth value for each pair of them.
         """
         alphas = check_learner(self)
+        if fold is not None:
+            _check_folds(len(X), fold, keep)
         several = len(alphas) > 1 and not isinstance(self.alpha, str)
         X, y = validate_data(  # noqa: N806
             self, X, y, dtype=np.float64, y_numeric=True, ensure_min_samples=2 if several else 1
@@ -113,6 +118,14 @@ class PolynomialRidge(RegressorMixin, BaseEstimator):
         z = (torch.tensor(X.T) - self._location) / self._scale
         predicted: NDArray[Any] = self.coef_ @ polynomial(z, self._exponents).numpy() + self.intercept_
         return predicted
+
+
+def _check_folds(n: int, fold: NDArray[Any], keep: NDArray[Any] | None) -> None:
+    if not n or fold.shape != (n,) or fold.dtype.kind not in "iu" or fold.min() < 0:
+        raise ValueError(f"fold: expected integers from 0 on, ({n},), got {fold.dtype} {fold.shape}")
+    size = int(fold.max()) + 1
+    if keep is not None and (keep.dtype != bool or keep.ndim != 2 or min(keep.shape) < size):
+        raise ValueError(f"keep: expected truth values ({size}, {size}), got {keep.dtype} {keep.shape}")
 
 
 def check_learner(learner: PolynomialRidge) -> list[float]:
