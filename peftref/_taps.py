@@ -14,7 +14,7 @@ def has_head(model: nn.Module) -> bool:
     return bool(_timm_like(model))
 
 
-def features_of(model: nn.Module, x: Tensor) -> Any:
+def features_of(model: Any, x: Tensor) -> Any:
     """What the model's forward hands to the classifier at its end, timm's ``pre_logits``; its output if it has none.
 
     The model itself runs, with its hooks and a forward of its own; only the classifier does not. One without a forward
