@@ -27,7 +27,7 @@ __all__ = ["Bank"]
 Tensors = tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]  # core, left and right factors
 
 
-class Network(nn.Module):
+class _Network(nn.Module):
     """The frozen tensors of one shape."""
 
     core: Tensor
@@ -90,7 +90,7 @@ class Bank:
             raise ValueError(f"seed: expected an integer in [0, 2^31), got {seed!r}")
         self.seed = seed
         self.given: dict[Hashable, Tensors] = {}
-        self.networks: dict[tuple[Hashable, ...], Network] = {}
+        self.networks: dict[tuple[Hashable, ...], _Network] = {}
         for one in given:
             core, left, right = _checked(one)
             key = tuple(map(_shapes, (left, right)))
@@ -100,7 +100,7 @@ class Bank:
 
     def network(
         self, left: Sequence[tuple[int, int]], right: Sequence[tuple[int, int]], factors: str, saved: bool
-    ) -> Network:
+    ) -> _Network:
         """The tensors for modes ``(R_n, I_n)``, drawn when they are first asked for."""
         key = (tuple(left), tuple(right), factors, saved)
         tensors = self.given.get(key[:2]) if factors == "given" else None
@@ -109,7 +109,7 @@ class Bank:
                 f"bank: expected one that was given tensors for (R_n, I_n) = {key[:2]}, got {[*self.given]}"
             )
         if key not in self.networks:
-            self.networks[key] = Network(self.seed, *key)
+            self.networks[key] = _Network(self.seed, *key)
             if factors == "given":
                 self.networks[key].keep(tensors)
         return self.networks[key]
