@@ -133,6 +133,14 @@ def test_few_groups_teach_few_features() -> None:
     assert choose_shape(PolynomialRidge(3), 12, 4000, 9, 40) == (3, True, 0)
 
 
+def test_room_is_asked_for_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peftref.panel.core.shape.LIMIT", 1000)
+    x = np.random.default_rng(0).normal(size=(40, 5))
+    PolynomialRidge(1).fit(x, x[:, 0])
+    with pytest.raises(ValueError, match="^degree: expected a polynomial that fits"):
+        PolynomialRidge(3).fit(x, x[:, 0])
+
+
 def test_what_would_not_fit_is_refused_before_it_is_built() -> None:
     x = np.random.default_rng(0).normal(size=(5000, 61))
     with pytest.raises(
