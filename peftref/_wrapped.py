@@ -1,8 +1,9 @@
-"""Names and modules as they are without the wrappers of torch: compiled, parallel, checkpointed."""
+"""Names and modules as they are without the wrappers of torch: compiled, parallel, checkpointed, averaged."""
 
 from __future__ import annotations
 
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # torch's own attribute names
 
@@ -38,7 +39,7 @@ def plain_name(model: nn.Module, name: str) -> str:
 
 def _holder(module: object) -> str | None:
     """Under which attribute a wrapper holds its module; None for what wraps nothing."""
-    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
         return "module"
     children = module._modules if isinstance(module, nn.Module) else {}
     return next((attribute for attribute in WRAPPED if attribute in children), None)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._batching import batch_sizes
-from ._checks import class_scores, integer
+from ._checks import class_scores, finite, integer
 from .data.sets import Split
 
 __all__ = ["accuracy", "batches", "best_rate", "check_batches", "fit", "minimise", "predict", "train"]
@@ -144,8 +144,10 @@ def train(
     if y.ndim != 1 or not 0 < len(y) == len(x) or batch_size < 1:
         got = f"{tuple(x.shape)}, {tuple(y.shape)} and {batch_size}"
         raise ValueError(f"x, y, batch_size: expected (N, ...), (N,) and a size, none of them empty, got {got}")
+    finite("x", x)
     device = next(model.parameters()).device
     _check_settings(lr, steps, clip)
+    y = y.long()
     scores = _checked(model)
 
     def loss() -> Tensor:
@@ -187,6 +189,10 @@ def fit(
         raise ValueError(f"y: expected integers from 0 on, (N,), got {y.dtype} {tuple(y.shape)} from {y.min()} on")
     if epochs < 1 or batch_size < 1:
         raise ValueError(f"epochs, batch_size: expected at least 1 of each, got {epochs} and {batch_size}")
+    if x.ndim < 3:
+        raise ValueError(f"x: expected images (N, C, H, W), got shape {tuple(x.shape)}")
+    finite("x", x)
+    y = y.long()
     sizes = batch_sizes(len(x), batch_size)
     scores = _checked(model)
     generator = torch.Generator().manual_seed(seed)

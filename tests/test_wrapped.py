@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim.swa_utils import AveragedModel
 
 from peftref._wrapped import plain_name, unwrapped
 
@@ -12,7 +13,14 @@ def compiled(module: nn.Module) -> nn.Module:
     return torch.compile(module, backend="eager")
 
 
-@pytest.mark.parametrize("wrap", [compiled, nn.DataParallel, checkpoint_wrapper])
+def averaged(module: nn.Module) -> nn.Module:
+    model = AveragedModel(module)
+    model.module = module  # itself, not its copy
+    del model.n_averaged
+    return model
+
+
+@pytest.mark.parametrize("wrap", [compiled, nn.DataParallel, checkpoint_wrapper, averaged])
 def test_names_without_the_wrapper_whether_outside_or_within(wrap) -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     expected = list(net.state_dict())

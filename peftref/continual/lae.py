@@ -308,7 +308,7 @@ class LAE(nn.Module):
     def _update(self, h: Tensor, y: Tensor) -> Tensor:
         """A step on features; where they carry no graph the online copy gets no gradient, and Adam leaves it alone."""
         logits = self.head(h)
-        loss = local_loss(logits, y, self.start) if self.local else F.cross_entropy(logits, y)
+        loss = local_loss(logits, y, self.start) if self.local else F.cross_entropy(logits, y.long())
         return descend(loss, self.descent)
 
     def accumulate(self, n: int) -> None:

@@ -79,6 +79,8 @@ from peftref.data._jpeg import jpeg
 from peftref.data._severities import CORRUPTIONS, EXTRA, TABLES
 from peftref.data._textures import normal, uniform
 
+SLACK = 1e-3  # beyond [0, 1]: what resizing and half precision round to
+
 __all__ = ["CORRUPTIONS", "EXTRA", "TABLES", "corrupt"]
 
 
@@ -114,7 +116,7 @@ def corrupt(
     _check(x, name, severity, generator, seed, table)
     if generator is None:
         generator = torch.Generator().manual_seed(int(seed))
-    work = x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    work = x.detach().clamp(0, 1).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     with torch.no_grad():
         y = _FUNCTIONS[name](work, TABLES[table][name][severity - 1], generator)
         return _truncated(y.clamp(0, 1)).to(x.dtype)
@@ -126,7 +128,7 @@ def _check(x: Tensor, name: str, severity: int, generator: torch.Generator | Non
         raise TypeError(f"x: expected a floating-point tensor with values in [0, 1], got {got}")
     if x.ndim != 4 or x.shape[0] == 0 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < 8:
         raise ValueError(f"x: expected shape (N >= 1, 1 or 3, H >= 8, W >= 8), got {tuple(x.shape)}")
-    if not ((x >= 0) & (x <= 1)).all():
+    if not ((x >= -SLACK) & (x <= 1 + SLACK)).all():
         raise ValueError(f"x: expected values in [0, 1], got {float(x.min()):.4g} to {float(x.max()):.4g}")
     if name not in CORRUPTIONS + EXTRA:
         raise ValueError(f"name: expected one of {', '.join(CORRUPTIONS + EXTRA)}, got {name!r}")

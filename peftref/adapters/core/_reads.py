@@ -96,9 +96,15 @@ def _of_function(
 @functools.cache
 def _tree(function: Callable[..., Any]) -> ast.AST | None:
     try:
-        return ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
+        source = inspect.getsource(function)
+    except (OSError, TypeError):
         return None
+    for text in (textwrap.dedent(source), f"if True:\n{source}"):  # a comment may stand to the left of a method
+        try:
+            return ast.parse(text)
+        except SyntaxError:
+            continue
+    return None
 
 
 def _path(node: ast.AST, env: Mapping[str, Path]) -> Path | None:
@@ -174,5 +180,5 @@ def _compiled(function: Callable[..., Any], me: str) -> Iterator[Path]:
         ends = [n for n, word in enumerate(path or ()) if word in PARTS]
         if path and ends and not (present or set(path[ends[0] + 1 :]) & HARMLESS):
             yield path[: ends[0] + 1]
-        last = step.argval[-1] if isinstance(step.argval, tuple) else step.argval
+        last = step.argval[-1] if isinstance(step.argval, tuple) and step.argval else step.argval
         path = () if step.opname.startswith("LOAD_FAST") and last == me else None

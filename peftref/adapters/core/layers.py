@@ -150,6 +150,10 @@ def view(module: nn.Module, dtype: torch.dtype | None = None) -> Layer:
     return form(module, dtype or torch.promote_types(weight.dtype, torch.float32))
 
 
+# Linear layers with a forward of their own that computes the same.
+SAME = ("transformers.models.falcon.modeling_falcon.FalconLinear", "timm.layers.linear.Linear")
+
+
 def refusal(module: nn.Module) -> str | None:
     """Why the module cannot be seen as a matrix; None where it can."""
     form = _form(module)
@@ -170,7 +174,8 @@ def _form(module: nn.Module) -> type[_Linear] | None:
     kind = type(module)
     if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
         return _Conv1D
-    if isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward:
+    same = kind.forward is nn.Linear.forward or f"{kind.__module__}.{kind.__name__}" in SAME
+    if isinstance(module, nn.Linear) and same:
         return _Linear
     if isinstance(module, nn.Conv2d) and kind.forward is nn.Conv2d.forward:
         return _Conv2d if type(module)._conv_forward is nn.Conv2d._conv_forward else None

@@ -48,7 +48,7 @@ def local_loss(logits: Tensor, y: Tensor, start: int) -> Tensor:
     """
     check_labels(y, start, classes_in(logits))
     # eq-lae-local:  -log softmax of z over k >= start, at y
-    return F.cross_entropy(logits[:, start:], y - start)
+    return F.cross_entropy(logits[:, start:], y.long() - start)
 
 
 class DynamicHead(nn.Module):

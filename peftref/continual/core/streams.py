@@ -22,6 +22,7 @@ tensor([0, 0, 0, 0, 1, 1, 2, 2, 3, 3])
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -73,6 +74,7 @@ def class_incremental(
         ValueError: tasks that do not use up the classes, or a number out of range.
     """
     k = len(data.classes)
+    tasks = int(tasks) if isinstance(tasks, Integral) else tasks
     if isinstance(tasks, int) and (tasks < 1 or k % tasks):
         raise ValueError(f"tasks: expected a divisor of the {k} classes, or the sizes of all tasks, got {tasks}")
     sizes = [k // tasks] * tasks if isinstance(tasks, int) else list(tasks)
@@ -85,8 +87,8 @@ def class_incremental(
     order = np.arange(k) if seed == 0 else np.random.default_rng(42 + seed).permutation(k)
     label = torch.from_numpy(np.argsort(order))  # stored class -> place of arrival
     generator = torch.Generator().manual_seed(seed)
-    train, held = _split(Split(data.train.x, label[data.train.y]), k, per_class, val, generator)
-    test = Split(data.test.x, label[data.test.y])
+    train, held = _split(Split(data.train.x, label[data.train.y.long()]), k, per_class, val, generator)
+    test = Split(data.test.x, label[data.test.y.long()])
     ends = np.cumsum(sizes).tolist()
     found = []
     for end, size in zip(ends, sizes, strict=True):

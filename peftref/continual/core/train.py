@@ -71,6 +71,7 @@ def learn(
             BatchNorm cannot train on, or a number out of range; before the model is touched.
     """
     _check(model, tasks, lr=lr, batch_size=batch_size, epochs=epochs)
+    tasks = [task._replace(train=Split(task.train.x, task.train.y.long())) for task in tasks]
     generator = torch.Generator().manual_seed(seed)
     steps = optimizer([p for p in model.parameters() if p.requires_grad], lr=lr)
     rows = []

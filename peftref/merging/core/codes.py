@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 COUNTERS = ("tracked", "count", "counts", "counter", "step", "steps")  # ends of names: num_batches_tracked, ...
-SCALES = ("scale", "scales", "scale_weight", "scale_inv", "weight_scale")  # beside a tensor called "weight"
+SCALES = ("scale", "absmax", "amax")  # in the name of a tensor beside the codes
+OF_INPUTS = ("input", "output", "act")  # such a scale is not that of the weight
 
 
 def other_codes(
@@ -44,14 +45,16 @@ def _counts(name: str, t: Tensor) -> bool:
 
 def _scales(scale: str, name: str) -> bool:
     """Whether, by its name, one tensor is the scale of another."""
-    module, _, word = name.rpartition(".")
+    module, _, _ = name.rpartition(".")
+    beside, _, word = scale.rpartition(".")
     if scale.startswith((f"{name}_scale", f"{name}.scale")):
         return True
-    return word == "weight" and scale.rpartition(".")[0] == module and scale.rpartition(".")[2] in SCALES
+    told = any(mark in word for mark in SCALES) and not any(mark in word for mark in OF_INPUTS)
+    return beside == module and told
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     a, b = (t.detach().cpu() for t in (a, b))
     if a.is_floating_point():
         a, b = (t.double() for t in (a, b))
-    return torch.equal(a, b)
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())  # NaN is the same code

@@ -8,7 +8,7 @@ a line of mathematics:
 - half-precision weights are computed in float32 and rounded once, at the end: a small difference of two bfloat16
   weights survives, which it would not if each step were rounded (a delta below :math:`2^{-8}|w|` vanishes);
 - tensors without a gradient meaning (``num_batches_tracked``, masks) are copied from the base; integers that differ and
-  count nothing are codes of quantised weights, which no rule can merge: refused (:mod:`peftref.merging.core.codes`);
+  count nothing are codes of quantised weights, which no rule can merge: refused (``peftref.merging.core.codes``);
 - a number that the base's type cannot hold is refused, not stored as an infinity; where all agree on what is not finite
   (a mask of :math:`-\infty`), so does the result;
 - tensors that share memory in the base (tied embeddings) are merged once and share memory in the result;

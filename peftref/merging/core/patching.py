@@ -113,10 +113,7 @@ class Patched:
             RuntimeError: the model has other tensors than before (``load_state_dict(..., assign=True)``).
         """
         strength = number("strength", strength)
-        now = _held(self._model)
-        replaced = [name for name, tensor in self._names.items() if now.get(name) is not tensor]
-        if replaced:
-            raise RuntimeError(f"model: expected the tensors it had, got others for {', '.join(replaced)}")
+        self._refuse_others()
         before = self.strength
         try:
             self._switch(strength)
@@ -124,6 +121,12 @@ class Patched:
             self._switch(before)
             raise
         return self
+
+    def _refuse_others(self) -> None:
+        now = _held(self._model)
+        replaced = [name for name, tensor in self._names.items() if now.get(name) is not tensor]
+        if replaced:
+            raise RuntimeError(f"model: expected the tensors it had, got others for {', '.join(replaced)}")
 
     def _switch(self, strength: float) -> None:
         self.off()
@@ -135,8 +138,13 @@ class Patched:
 
     @torch.no_grad()
     def off(self) -> Patched:
-        """Put back what was there before, bit for bit."""
+        """Put back what was there before, bit for bit.
+
+        Raises:
+            RuntimeError: the model has other tensors than before, as after ``double()``, which replaces buffers.
+        """
         if self.strength and self._tensors:
+            self._refuse_others()
             torch._foreach_copy_(self._tensors, self._stash)
         self.strength = 0.0
         return self

@@ -123,7 +123,10 @@ def _numbers(name: str, column: Any) -> NDArray[Any]:
         raise TypeError(f"{name}: expected numbers, got {getattr(column, 'dtype', type(column).__name__)}") from error
     if values.ndim != 1:
         raise ValueError(f"{name}: expected one column, got shape {values.shape}")
-    broken = int((~np.isfinite(values)).sum())
+    missing = ~np.isfinite(values)
+    if np.ma.isMA(column):
+        missing |= np.ma.getmaskarray(column)
+    broken = int(missing.sum())
     if broken:
         raise ValueError(f"{name}: expected finite numbers, got {broken} that are missing or infinite")
     return values
@@ -137,6 +140,8 @@ def _check_variation(panel: Panel, names: list[str], estimator: str, twoway: boo
         left = a - a.mean(-1, keepdim=True) if across else within(a, panel.layout, twoway)
         return left.abs().amax(-1) <= 1e-10 * a.abs().amax(-1)
 
+    if flat(panel.y).any():
+        raise ValueError("y: expected an outcome that varies, got one that is constant where the estimator looks")
     if flat(panel.w).any():
         where = "" if across else " within units" + (" and periods" if twoway else "")
         raise ValueError(f"w: expected a treatment that varies{where}, got one that is constant there")

@@ -47,7 +47,7 @@ def crossfit(
     uses: Sequence[Sequence[int]] | None = None,
     unit: Tensor | None = None,
     linear: int = 0,
-    coarse: tuple[int, int] = (0, 0),
+    coarse: tuple[int, float] = (0, 0),
 ) -> Tensor:
     """Out-of-fold predictions of several targets, from features that are built once.
 

@@ -23,6 +23,7 @@ with the mean of each unit taken away. ``twoway`` treats periods as it does unit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -101,8 +102,10 @@ def partial_out(
             places["x"] += range(x.shape[-2], z.shape[-2])
     else:
         z, places = variables(panel, "".join(of_y + of_w for of_y, of_w in map(SETS.__getitem__, estimators)), twoway)
-        if "m" in places:  # else what differs between units, and is all that their means explain, leaves v anyway
-            more["coarse"] = (z.shape[-2] - x.shape[-2], layout.n_units)
+        # without m, what differs between units, and is all that their means explain, leaves v anyway
+        groups = layout.n_units if "m" in places else math.inf
+        if "b" in places or "m" in places:
+            more["coarse"] = (z.shape[-2] - x.shape[-2], groups)
     models = list(dict.fromkeys((i, keys) for name in estimators for i, keys in enumerate(SETS[name])))  # each once
     size = max(len(y), len(w))
     targets = torch.stack([(y, w)[i].expand(size, -1) for i, _ in models], 1)

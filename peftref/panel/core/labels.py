@@ -5,11 +5,12 @@ tensor([1, 0, 1])
 >>> label_codes("time", ["9", "10"])
 Traceback (most recent call last):
 TypeError: time: expected numbers, dates, periods or an ordered category, got text, whose order is not that of time: \
-convert it, as by astype(int), pd.to_datetime or pd.Categorical(..., ordered=True)
+convert it, as by astype(int), pd.to_datetime or pd.Categorical(..., categories=[...], ordered=True)
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -44,11 +45,26 @@ def label_codes(name: str, labels: Any) -> Tensor:
         column = column.astype(category.categories.dtype)
     if category is None or not category.ordered:
         _check_kind(name, column)
+    elif name == "time":
+        _check_order(list(category.categories))
     try:
         codes, _ = pd.factorize(column, sort=True)
     except TypeError as error:
         raise TypeError(f"{name}: expected labels that can be sorted, got {infer_dtype(column)!r} ({error})") from error
     return torch.from_numpy(codes.astype(np.int64))
+
+
+def _check_order(categories: list[Any]) -> None:
+    """Refuse "1", "10", "2", as pandas orders text that is given no order."""
+    words = [re.fullmatch(r"(.*?)(\d+)", value) if isinstance(value, str) else None for value in categories]
+    if None in words or len({word[1] for word in words if word}) > 1:
+        return
+    numbers = [int(word[2]) for word in words if word]
+    if numbers != sorted(numbers) and categories == sorted(categories):
+        raise TypeError(
+            f"time: expected categories in the order of time, got {categories[:4]}, the order of text; name them in "
+            "order, as by pd.Categorical(..., categories=[...], ordered=True)"
+        )
 
 
 def _check_kind(name: str, column: pd.Series) -> None:
@@ -59,7 +75,7 @@ def _check_kind(name: str, column: pd.Series) -> None:
         got = "text, whose order is not that of time" if kind in TEXT else f"labels of the kind {kind!r}"
         raise TypeError(
             f"time: expected numbers, dates, periods or an ordered category, got {got}: "
-            "convert it, as by astype(int), pd.to_datetime or pd.Categorical(..., ordered=True)"
+            "convert it, as by astype(int), pd.to_datetime or pd.Categorical(..., categories=[...], ordered=True)"
         )
     if column.dtype == object and kind not in NUMBERS:
         kinds = {type(value).__name__ for value in column}

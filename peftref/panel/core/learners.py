@@ -8,7 +8,7 @@ ensemble that resamples its rows, such as ``BaggingRegressor``, needs one: row n
 
 Least squares (``LinearRegression``) is done by our own ridge without a penalty, which does not give up columns whose
 sizes or directions are far apart, as scikit-learn's does beyond a millionth. Columns of units are in
-:mod:`peftref.panel.core.dummies`.
+``peftref.panel.core.dummies``.
 
 >>> from sklearn.linear_model import LinearRegression
 >>> folds = Folds(torch.tensor([[0, 0, 1, 1]]), ~torch.eye(2, dtype=torch.bool))
@@ -48,7 +48,7 @@ def crossfit_sklearn(
     uses: Sequence[Sequence[int]] | None = None,
     unit: Tensor | None = None,
     linear: int = 0,
-    coarse: tuple[int, int] = (0, 0),
+    coarse: tuple[int, float] = (0, 0),
     within: Sequence[Tensor | None] | None = None,
     n_jobs: int | None = None,
 ) -> Tensor:

@@ -45,12 +45,19 @@ def choose_shape(
     """
     if not isinstance(learner.degree, str):
         return learner.degree, learner.interactions, 0
-    for degree, interactions, each in SHAPES:
-        if interactions <= learner.interactions:
-            linear = 0 if GROUPS * n_monomials(coarse, degree, interactions) <= groups else coarse
-            if each * (n_monomials(n - linear, degree, interactions) + linear) <= rows:
-                return degree, interactions, linear
-    raise AssertionError("a line needs no rows")
+
+    def fits(degree: int, interactions: bool, each: int, linear: int) -> bool:
+        return each * (n_monomials(n - linear, degree, interactions) + linear) <= rows
+
+    shapes = [shape for shape in SHAPES if shape[1] <= learner.interactions]
+    found = []
+    for degree, interactions, each in shapes:
+        linear = 0 if GROUPS * n_monomials(coarse, degree, interactions) <= groups else coarse
+        if fits(degree, interactions, each, linear):
+            found.append((degree, interactions, linear))
+    # rather products of the covariates, and their means as they are, than no products at all
+    both = [(d, products, coarse) for d, products, each in shapes if products and fits(d, products, each, coarse)]
+    return (both or found)[0] if coarse and not found[0][1] else found[0]
 
 
 def check_room(n: int, degree: int, interactions: bool, rows: int, folds: int) -> None:

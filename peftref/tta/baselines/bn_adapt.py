@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..._checks import number
+from ..._checks import at_least_float32, number
 from ..core.adapted import Adapted, batch_norms, use_batch_statistics
 from ..core.called import check_called
 
@@ -84,17 +84,16 @@ class BNAdapt(Adapted):
         """Feed the layer an input whose normalisation by the SOURCE statistics equals that by the mixed ones."""
         x = inputs[0]
         shape = (1, -1) + (1,) * (x.ndim - 2)
-        var_b, mean_b = torch.var_mean(x, dim=[d for d in range(x.ndim) if d != 1], correction=0)
-        mean_s = layer.running_mean
-        var_s = layer.running_var
-        assert mean_s is not None and var_s is not None  # else __init__ has refused the model
-        mean_b = mean_b.to(mean_s.dtype)
-        var_b = var_b.to(var_s.dtype)  # under autocast x is narrower
+        assert layer.running_mean is not None and layer.running_var is not None  # else __init__ has refused the model
+        wide = at_least_float32(x)  # a variance may be beyond half precision
+        var_b, mean_b = torch.var_mean(wide, dim=[d for d in range(x.ndim) if d != 1], correction=0)
+        mean_s = layer.running_mean.to(mean_b)
+        var_s = layer.running_var.to(var_b)
         # eq-tta-bn
         mean = torch.lerp(mean_s, mean_b, self.alpha)
         var = torch.lerp(var_s, var_b, self.alpha)
         ratio = ((var_s + layer.eps) / (var + layer.eps)).sqrt()
-        return ((x - mean.view(shape)) * ratio.view(shape) + mean_s.view(shape),)
+        return (((wide - mean.view(shape)) * ratio.view(shape) + mean_s.view(shape)).to(x.dtype),)
 
     @torch.inference_mode()
     def forward(self, x: Tensor) -> Tensor:

@@ -169,7 +169,10 @@ def gradient_step(loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
 
     Raises:
         ValueError: the loss depends on none of the weights.
+        FloatingPointError: float16 weights that are not finite after the step; they are what they were before it.
     """
+    narrow = [p for group in optimizer.param_groups for p in group["params"] if p.dtype == torch.float16]
+    before = [p.detach().clone() for p in narrow]
     try:
         finite = bool(loss.isfinite())  # one broken batch must not poison the model for the rest of the stream
         if finite:
@@ -178,6 +181,13 @@ def gradient_step(loss: Tensor, optimizer: torch.optim.Optimizer) -> bool:
         if finite:
             optimizer.step()
             torch.clear_autocast_cache()  # a caller's autocast would go on using the weights of before the step
+        if not all(p.isfinite().all() for p in narrow):  # Adam's squared gradients vanish in float16
+            with torch.no_grad():
+                torch._foreach_copy_(narrow, before)
+            raise FloatingPointError(
+                "model: expected weights that stay finite, got a step in float16 after which some are not; adapt in "
+                "bfloat16, or in float32 under autocast"
+            )
     finally:
         optimizer.zero_grad(set_to_none=True)
     return finite
