@@ -50,7 +50,7 @@ def _scales(scale: str, name: str) -> bool:
     if scale.startswith((f"{name}_scale", f"{name}.scale")):
         return True
     told = any(mark in word for mark in SCALES) and not any(mark in word for mark in OF_INPUTS)
-    return beside == module and told
+    return beside == module and told and scale != name
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
