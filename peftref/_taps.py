@@ -23,7 +23,8 @@ def features_of(model: Any, x: Tensor) -> Any:
     Raises:
         ValueError: a model with timm's ``forward_head`` that its forward does not call.
     """
-    if not has_head(model):
+    found = _timm_like(model)
+    if not found:
         return model(x)
     if type(model).forward is nn.Module.forward and "forward" not in vars(model):
         return model.forward_head(model.forward_features(x), pre_logits=True)
@@ -36,7 +37,7 @@ def features_of(model: Any, x: Tensor) -> Any:
 
         return forward_head
 
-    release = _replace_heads(model, instead)
+    release = _replace_heads(found, instead)
     try:
         model(x)
     finally:
@@ -92,12 +93,11 @@ def _on_heads(model: nn.Module, seen: list[Callable[[], Any]]) -> Callable[[], N
 
         return forward_head
 
-    return _replace_heads(model, watched)
+    return _replace_heads(_timm_like(model), watched)
 
 
-def _replace_heads(model: nn.Module, other: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
-    """Put another ``forward_head`` in each place; what is returned puts things right again."""
-    found = _timm_like(model)
+def _replace_heads(found: list[Any], other: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
+    """Put another ``forward_head`` on each of these modules; what is returned puts things right again."""
     own = {module: module.__dict__["forward_head"] for module in found if "forward_head" in module.__dict__}
 
     def release() -> None:

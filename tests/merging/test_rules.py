@@ -325,7 +325,9 @@ def test_tied_tensors(name: str, tmp_path: Path) -> None:
     tied = {"a": base["w"], "b": base["w"]}
     others = [{"a": m["w"], "b": m["w"].clone()} for m in models]
     merged = merge(tied, others, rule_of(name))
-    assert merged["a"] is merged["b"] and torch.equal(merged["b"], wanted) or "dare" in name
+    assert merged["a"] is merged["b"]
+    if "dare" not in name:  # which draws by name
+        assert torch.equal(merged["b"], wanted)
     others[-1]["b"] = others[-1]["b"] + 1
     with pytest.raises(ValueError, match="tied in base, but different: b and a"):
         merge(tied, others, rule_of(name))

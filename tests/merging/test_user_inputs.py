@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from peftref.merging import Patched, average, merge
+from peftref.merging import Patched, average, merge, ties
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,10 @@ def test_a_patch_is_not_taken_off_other_tensors() -> None:
     with pytest.raises(RuntimeError, match="model: expected the tensors it had, got others for running_mean"):
         patched.off()
     assert patched.strength == 1
+
+
+@pytest.mark.parametrize("wrong", [0.5, "2", [None], ["2"], [float("nan")], [True], [-1.0]])
+def test_thresholds_of_ties_are_magnitudes(wrong: object) -> None:
+    with pytest.raises(ValueError, match="thresholds: expected magnitudes >= 0, one for each model, got"):
+        ties(0.5, thresholds=wrong)
+    ties(0.5, thresholds=[0.0, float("inf"), torch.tensor(0.5)])

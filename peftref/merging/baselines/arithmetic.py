@@ -212,6 +212,8 @@ def _information(label: str, fisher: State, name: str, like: Tensor) -> Tensor:
     if f is None or f.shape != like.shape:
         got = "none" if f is None else f"shape {tuple(f.shape)}"
         raise ValueError(f"{label}: expected a tensor of shape {tuple(like.shape)} for {name}, got {got}")
-    if f.numel() and not (f := f.to(like)).amin() >= 0:
-        raise ValueError(f"{label}: expected information >= 0 for {name}, got {f.amin().item():g}")
+    f = f.to(like)
+    least = f.amin().item() if f.numel() else 0.0
+    if not least >= 0:  # NaN is not
+        raise ValueError(f"{label}: expected information >= 0 for {name}, got {least:g}")
     return f

@@ -29,7 +29,9 @@ order of the entries), and :math:`k=\mathrm{round}(\text{density}\cdot n)` of n,
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,9 +79,7 @@ def ties(
             raise ValueError(f"{name}: expected one of {options}, got {value!r}")
     scale = number("scale", scale)
     weights = None if weights is None else numbers_of("weights", weights)
-    thresholds = (
-        None if thresholds is None else [float(scalar(least)) for least in thresholds]
-    )  # infinite, if weights are
+    thresholds = None if thresholds is None else _magnitudes(thresholds)
 
     def rule(name: str, w0: Tensor, ws: Sequence[Tensor]) -> Tensor:
         for what, values in (("weights", weights), ("thresholds", thresholds)):
@@ -157,6 +157,16 @@ def trim_thresholds(
         rank = rank - above
         found = (found << width) + (2**width - 1 - place) if shift == 0 else 2**width - 1 - place
     return found.to(torch.int32).view(torch.float32).tolist()
+
+
+def _magnitudes(thresholds: Iterable[Any]) -> list[float]:
+    """Smallest magnitudes to keep: at least 0, and infinite where the weights are."""
+    listed = isinstance(thresholds, Iterable) and not isinstance(thresholds, str)
+    found: list[Any] = [scalar(least) for least in thresholds] if listed else [None]
+    real = [isinstance(least, Real) and not isinstance(least, bool) for least in found]
+    if not all(real) or not all(least >= 0 for least in found):
+        raise ValueError(f"thresholds: expected magnitudes >= 0, one for each model, got {thresholds!r}")
+    return [float(least) for least in found]
 
 
 def _sizes(tau: Tensor) -> Tensor:
