@@ -1,6 +1,7 @@
 """The recorded run of the chapter on double machine learning for panels.
 
-``cpu``: the paper's simulated panels, with its sizes, and intervals of 300 panels. ``gpu``: more datasets and units.
+``cpu``: the paper's simulated panels, with its sizes, readings of what its text leaves open, boosted trees in place of
+the ridge, and intervals of 300 panels. ``gpu``: more datasets and units.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.ensemble import GradientBoostingRegressor, HistGradientBoostingRegressor
 
 from ...results import finding
 from ..core.folds import SCHEMES
 from ..core.ridge import PolynomialRidge
 from ..dml_panel import PanelDML
+from ._dml_readings import READINGS, YARDSTICKS, distance, matched, reading
+from ._dml_trees import boosted_cre, by_bins
 from .dgp import dgp_fuhr_papies_2024
 from .study import monte_carlo
 
@@ -56,12 +58,24 @@ CASES: dict[str, tuple[str, int, str, tuple[str, ...], str]] = {
     "squared, fd": ("u-shaped", 10, "unit", ("x1",), "fd"),
 }
 SIZES = {"datasets": 100, "many": 1000, "few": 20, "splits": 40, "panels": 300, "trees": 3, "units": [50, 500, 5000]}
+SIZES |= {"boosted": 50, "read": 400}
+SMALL = {
+    "datasets": 4,
+    "many": 20,
+    "few": 2,
+    "splits": 2,
+    "panels": 20,
+    "trees": 1,
+    "units": [50],
+    "boosted": 2,
+    "read": 20,
+}
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {"datasets": 4, "many": 20, "few": 2, "splits": 2, "panels": 20, "trees": 1, "units": [50]},
+    "smoke": {**SMALL},
     "cpu": {**SIZES},
     "gpu": {"few": 1000, "units": [50, 500, 5000], "device": "cuda"},
 }
-MINUTES = {"smoke": 0.1, "cpu": 3, "gpu": 5}
+MINUTES = {"smoke": 0.1, "cpu": 14, "gpu": 5}
 NEEDS = {"gpu": ("cuda",)}
 Each = Callable[..., Any]
 Table = dict[str, list[float]]
@@ -77,9 +91,22 @@ def run(each: Each, *, data: Path | None = None, **settings: Any) -> dict[str, A
 
 
 def _all(
-    each: Each, datasets: int, many: int, few: int, splits: int, panels: int, trees: int, units: Sequence[int]
+    each: Each,
+    datasets: int,
+    many: int,
+    few: int,
+    splits: int,
+    panels: int,
+    trees: int,
+    boosted: int,
+    read: int,
+    units: Sequence[int],
 ) -> dict[str, Any]:
     cells = {f"{s}, {f}": each(f"{s}, {f}", estimates, METHODS, datasets, s, f) for s, f in CELLS}
+    trained = {
+        f"{s}, {f}": each(f"boosted {s}, {f}", boosted_cre, boosted, min(units, key=_from_500), s, f) for s, f in CELLS
+    }
+    readings = {name: each(f"reading {name}", reading, name, read, min(units, key=_from_500)) for name in READINGS}
     errors = each("errors", absolute_errors, list(PAPER["units", 500]), many, 10)
     sizes = _by_size(each, few, units)
     splitting = {
@@ -89,6 +116,9 @@ def _all(
     boosting = each("boosting", by_bins, trees)
     arrays = {
         "cells": cells,
+        "boosted": trained,
+        "readings": {name: _reading(found) for name, found in readings.items()},
+        "matched": errors["matched"],
         "errors": errors["batches"],
         "sizes": sizes,
         "splits": splitting,
@@ -96,6 +126,8 @@ def _all(
         "boosting": boosting,
     }
     rows = [*_error_rows(errors["first"], PAPER["units", 500], ""), *_size_rows(sizes), *_coverage_rows(coverage)]
+    of_trees = {"cre": [abs(value - 1) for value in trained["C, u-shaped"]]}
+    rows += _error_rows(of_trees, {"cre": PAPER["units", 500]["cre"]}, ", boosted trees")
     return {"rows": rows, "arrays": arrays, "protocol": _protocol()}
 
 
@@ -104,11 +136,21 @@ def estimates(methods: Sequence[str], datasets: int, structure: str, shape: str)
     return _lists(monte_carlo(partial(dgp_fuhr_papies_2024, structure, shape), methods, range(datasets)))
 
 
-def absolute_errors(methods: Sequence[str], datasets: int, batches: int) -> dict[str, Table]:
+def absolute_errors(methods: Sequence[str], datasets: int, batches: int) -> dict[str, Any]:
     """Absolute errors, structure C, squared confounding, 500 units: of each dataset of the first batch, and means."""
     found = (monte_carlo(partial(dgp_fuhr_papies_2024, "C", "u-shaped"), methods, range(datasets)) - 1).abs()
     means = found.groupby(np.arange(datasets) * batches // datasets).mean()
-    return {"first": _lists(found[: datasets // batches]), "batches": _lists(means)}
+    near = matched(_lists(found), {name: PAPER["units", 500][name] for name in methods}, kept=50, tries=20 * datasets)
+    return {"first": _lists(found[: datasets // batches]), "batches": _lists(means), "matched": near}
+
+
+def _from_500(units: int) -> int:
+    return abs(units - 500)
+
+
+def _reading(errors: Sequence[Sequence[float]]) -> dict[str, Any]:
+    paper = [PAPER["units", 500][name] for name in YARDSTICKS]
+    return {**dict(zip(YARDSTICKS, np.mean(errors, 0).tolist(), strict=True)), **distance(errors, paper)}
 
 
 def _by_size(each: Each, few: int, units: Sequence[int], device: str = "cpu") -> dict[str, Table]:
@@ -148,26 +190,6 @@ def intervals(
         low, high = fit.confint().to_numpy()[0]
         rows.append([float(low <= 1 <= high), fit.coef_ - 1, fit.se_])
     return rows
-
-
-def by_bins(datasets: int) -> Table:
-    """Estimates of cre with a ridge, and with boosted trees that see each feature exactly or in few bins."""
-    trees = {"max_depth": 4, "learning_rate": 0.2, "min_samples_leaf": 1, "random_state": 0}
-    learners = {
-        "cubic ridge": PolynomialRidge(),
-        "boosting, exact splits": GradientBoostingRegressor(n_estimators=50, **trees),
-    }
-    for bins in (255, 63):
-        histogram = HistGradientBoostingRegressor(max_iter=50, max_bins=bins, max_leaf_nodes=None, **trees)
-        learners[f"boosting, {bins} bins"] = histogram
-    extreme = dgp_fuhr_papies_2024("C", "u-shaped", n_units=200, gamma=1.17, delta=-2.0, seeds=range(datasets))
-    found: Table = {name: [] for name in learners}
-    for seed in range(datasets):
-        d = extreme.frame(seed)
-        for name, learner in learners.items():
-            method = PanelDML("cre", learner, scheme="random", agg="dml1")
-            found[name].append(method.fit(d["y"], d["w"], d[["x1"]], d["unit"], d["time"]).coef_)
-    return found
 
 
 def _summary(rows: Sequence[Sequence[float]]) -> dict[str, float]:
