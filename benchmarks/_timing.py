@@ -39,6 +39,7 @@ class Row(TypedDict):
     ours_s: float  # median seconds
     peer_s: float
     ratio: float  # peer / ours: above 1 we are faster
+    threads: int  # of torch, while both ran
     ours_peak_mb: float
     peer_peak_mb: float
     target: float | None  # the ratio promised, where one is
@@ -73,6 +74,7 @@ def compare(
     ours_s, peer_s = map(statistics.median, times)
     return Row(
         claim=claim, peer=peer_name, ours_s=ours_s, peer_s=peer_s, ratio=peer_s / ours_s,
+        threads=torch.get_num_threads(),
         ours_peak_mb=peak_mb(ours), peer_peak_mb=peak_mb(peer), target=target, floor=floor,
     )  # fmt: skip
 

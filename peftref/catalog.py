@@ -36,7 +36,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Method:
-    """One method; ``slug`` also names its module, chapter, tests, benchmark and BibTeX entry."""
+    """One method; ``slug`` also names its module, chapter, tests, benchmark and BibTeX entry.
+
+    ``more`` are further pages of its chapter, in the same folder of the book.
+    """
 
     slug: str
     part: str
@@ -47,6 +50,7 @@ class Method:
     year: int
     arxiv: str
     status: Literal["ready", "planned"] = "planned"
+    more: tuple[str, ...] = ()
 
     @property
     def reference(self) -> str:
@@ -56,7 +60,8 @@ class Method:
 
 def _read() -> tuple[tuple[Part, ...], tuple[Method, ...]]:
     content = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-    return tuple(Part(**row) for row in content["part"]), tuple(Method(**row) for row in content["method"])
+    methods = tuple(Method(**row | {"more": tuple(row.get("more", ()))}) for row in content["method"])
+    return tuple(Part(**row) for row in content["part"]), methods
 
 
 PARTS, METHODS = _read()

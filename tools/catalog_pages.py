@@ -59,7 +59,8 @@ def toc(root: Path) -> str:
     lines = ["# Written by `python -m tools.readme` from the catalogue and the modules.", "format: jb-book"]
     lines += ["root: book/intro", "parts:", *_caption("Overview", OVERVIEW, "book")]
     for part in PARTS:
-        slugs = [method.slug for method in METHODS if method.part == part.slug and method.status == "ready"]
+        ready = [method for method in METHODS if method.part == part.slug and method.status == "ready"]
+        slugs = [page for method in ready for page in (method.slug, *method.more)]
         index = ["index"] if (root / f"book/{part.slug}/index.ipynb").is_file() else []
         if slugs:
             lines += _caption(part.title, [*index, *slugs], f"book/{part.slug}", numbered=True)

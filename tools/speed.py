@@ -47,7 +47,8 @@ Every benchmark of every method on one logarithmic axis: the peer's time over ou
 
 Where a peer computes the same thing, a row first checks that both results are equal; rows against another method
 compare the cost alone. The two are then timed in turn in one process. A target is the ratio that we aim at; where it is
-missed, the row says so. Numbers of one table were measured together, those of different tables perhaps on different
+missed, the row says so. Each table names its processor and threads, a row its own threads where it was told to use
+fewer. Numbers of one table were measured together, those of different tables perhaps on different
 machines. Memory is the peak of what was allocated beyond the inputs. Where a *floor* is given, it is the time that the
 bytes or operations which no implementation can avoid take on this machine, at the speed of a plain copy or of one large
 product of matrices in the same process, as a share of our time: at 100 % nothing is left to gain. `make bench` measures
@@ -71,7 +72,7 @@ def speed_page(root: Path = ROOT) -> str:
             found = files[name]
             software = f"Python {found['python']}, torch {found['torch']}"
             # a file written before there were floors has none
-            optional = {key for key in ("target", "floor") if any(row.get(key) for row in found["rows"])}
+            optional = {key for key in ("target", "floor", "threads") if any(row.get(key) for row in found["rows"])}
             lines += [
                 f":::{{dropdown}} {titles[name][1]}",
                 f"`{found['command']}`, {found['date']}: {machine(found)}; {software}.",
@@ -152,6 +153,8 @@ def _speed(row: Mapping[str, Any], optional: Collection[str]) -> dict[str, str]:
     if "target" in optional:
         missed = row["target"] is not None and row["ratio"] < row["target"]
         cells["Target"] = _number(row["target"]) + " (missed)" * missed
+    if "threads" in optional:
+        cells["Threads"] = _number(row.get("threads"))
     cells["Time, ours and peer's (ms)"] = f"{_milliseconds(row['ours_s'])}, {_milliseconds(row['peer_s'])}"
     cells["Memory (MB)"] = f"{row['ours_peak_mb']:.1f}, {row['peer_peak_mb']:.1f}"
     if "floor" in optional:

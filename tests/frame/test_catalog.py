@@ -67,7 +67,14 @@ def test_the_table_of_contents_has_the_ready_methods_in_order() -> None:
     text = catalog_pages.toc(ROOT)
     listed = re.findall(r"file: book/(?!api/)(\w+/(?!index)\w+)$", text, re.M)
     ready = [method for part in catalog.PARTS for method in catalog.METHODS if method.part == part.slug]
-    assert listed == [f"{method.part}/{method.slug}" for method in ready if method.status == "ready"]
+    pages = [(method.part, page) for method in ready if method.status == "ready" for page in (method.slug, *method.more)]
+    assert listed == [f"{part}/{page}" for part, page in pages]
+
+
+def test_further_pages_of_a_chapter_exist_and_belong_to_it_alone() -> None:
+    pages = [(method.part, page) for method in catalog.METHODS for page in method.more]
+    assert len(set(pages)) == len(pages)
+    assert all((ROOT / f"book/{part}/{page}.ipynb").is_file() for part, page in pages)
 
 
 def test_a_page_of_a_module_that_is_gone_is_found_and_deleted(tmp_path: Path) -> None:

@@ -164,6 +164,18 @@ def test_a_floor_is_a_share_of_our_time_and_old_files_have_none(tmp_path: Path) 
     assert [cells(page, claim)[5] for claim in ("What", "step", "above", "none")] == ["Floor", "", "40 % (235 MB)", ""]
 
 
+def test_a_row_names_its_own_threads(tmp_path: Path) -> None:
+    rows = [SPEED, SPEED | {"claim": "alone", "threads": 1}]
+    page = speed.speed_page(lay(tmp_path, speed_lame=MACHINE | {"rows": rows}))
+    assert [cells(page, claim)[3] for claim in ("What", "step", "alone")] == ["Threads", "", "1"]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert _timing.compare("c", int, int, peer_name="p", warmup=0, repeats=1)["threads"] == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_floors_are_proportional_to_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_timing, "_copied_bytes", lambda threads: 1e10)
     monkeypatch.setattr(_timing, "_multiplied_flops", lambda threads, dtype: 1e11)

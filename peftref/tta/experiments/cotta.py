@@ -125,7 +125,6 @@ def _rows(errors: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
         ("CoTTA", "without views", PLACE + ": 18.3 to 17.4", 0.9),
         ("CoTTA", "without average", "ours", None),
         ("CoTTA", "without restoration", PLACE + ": 17.4 to 16.2", 1.2),
-        ("CoTTA, symmetric", "CoTTA", "ours", None),
         ("without views", "BN-adapt", PLACE + ": 20.4 to 18.3", 2.1),
         ("all-parameter Tent", "Tent", "ours", None),
         ("Tent and views", "CoTTA", "ours", None),
