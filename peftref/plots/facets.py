@@ -9,14 +9,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
 import numpy as np
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from .house import GREY, PALETTE, Plot, array, labelled, style
+from .house import GREY, PALETTE, Plot, array, group_colours, labelled, style
 
 __all__ = ["boxes", "scatter"]
 
@@ -28,6 +29,7 @@ def boxes(
     truth: float | None = None,
     columns: int = 3,
     xlim: tuple[float, float] | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> Plot:
     """Horizontal boxplots: a panel for each case, a box for each method (quartiles; whiskers to 1.5 times the box).
 
@@ -37,9 +39,12 @@ def boxes(
         truth: a line at the value that would be right.
         columns: panels beside each other.
         xlim: range of the axis; what lies outside is drawn as a mark at the edge.
+        groups: what the colours mean: name -> its methods, at most seven names, with a legend; methods in none of them
+            are grey. Without groups each method has a colour.
 
     Raises:
-        ValueError: an empty label, no panel, panels with different methods, or a method without values.
+        ValueError: an empty label, no panel, panels with different methods, a method without values, or a group of a
+            method that is not there.
     """
     labelled(xlabel=xlabel, **{f"panels[{i}]": title for i, title in enumerate(panels)})
     names = [list(methods) for methods in panels.values()]
@@ -48,7 +53,8 @@ def boxes(
     if empty := [name for methods in panels.values() for name, values in methods.items() if not array(values).size]:
         raise ValueError(f"panels: expected values for every method, got none for {empty[0]!r}")
     rows = -(-len(panels) // columns)
-    height = 0.65 + rows * (0.21 * len(names[0]) + 0.35)
+    height = 0.65 + rows * (0.21 * len(names[0]) + 0.35) + 0.3 * bool(groups)
+    palette = dict(zip(names[0], cycle(PALETTE), strict=False)) if groups is None else group_colours(names[0], groups)
     with style():
         figure = Plot(height=height)
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
@@ -56,7 +62,8 @@ def boxes(
         for axes, (title, methods) in zip(grid.flat, panels.items(), strict=False):
             if truth is not None:
                 axes.axvline(truth, color=GREY, linewidth=1, zorder=0)
-            for i, (values, colour) in enumerate(zip(methods.values(), cycle(PALETTE), strict=False)):
+            for i, (name, values) in enumerate(methods.items()):
+                colour = palette[name]
                 values = array(values).ravel()
                 line = {"color": colour, "linewidth": 1.2}
                 flier = {"marker": ".", "markersize": 3, "markerfacecolor": colour, "markeredgecolor": colour}
@@ -76,6 +83,9 @@ def boxes(
             axes.set(yticks=range(len(names[0])), yticklabels=names[0], xlim=xlim)
         grid[0, 0].invert_yaxis()
         figure.supxlabel(xlabel, size=11, color=GREY)
+        if groups:
+            handles = [Line2D([], [], color=palette[some[0]], marker="s", label=name) for name, some in groups.items()]
+            figure.legend(handles=handles, loc="outside upper center", ncols=min(len(groups), 3), columnspacing=1)
     return figure
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from base64 import b64encode
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import cycle
 from typing import Any, cast
@@ -107,6 +108,15 @@ def colours(names: Any) -> list[str]:
     """Grey for what does nothing ("source ..."), the palette in order for the rest."""
     palette = cycle(PALETTE)
     return [GREY if str(name).lower().startswith("source") else next(palette) for name in names]
+
+
+def group_colours(names: Sequence[str], groups: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """A colour for each group's methods; methods in none are grey."""
+    members = [name for group in groups.values() for name in group]
+    if len(groups) > len(PALETTE) or len(set(members)) < len(members) or set(members) - set(names):
+        raise ValueError(f"groups: expected at most {len(PALETTE)}, with methods of {names} once, got {dict(groups)}")
+    found = {name: colour for group, colour in zip(groups.values(), PALETTE, strict=False) for name in group}
+    return {name: found.get(name, GREY) for name in names}
 
 
 def log_ticks(axis: Axis, formatter: str) -> None:

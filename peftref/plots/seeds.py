@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from .._checks import one_of
 from ..results import interval, judge
 from .charts import draw_curves
-from .house import GREY, PALETTE, Plot, array, labelled, style
+from .house import GREY, PALETTE, Plot, array, group_colours, labelled, style
 
 __all__ = ["curves", "dots"]
 
@@ -145,11 +145,7 @@ def _colours(
     if groups is None:
         plain = {name: GREY if name.lower().startswith("source") else PALETTE[0] for name in names}
         return {name: PALETTE[1] if name in highlight else colour for name, colour in plain.items()}
-    members = [name for group in groups.values() for name in group]
-    if len(groups) > len(PALETTE) or len(set(members)) < len(members) or set(members) - set(names):
-        raise ValueError(f"groups: expected at most {len(PALETTE)}, with methods of {names} once, got {dict(groups)}")
-    found = {name: colour for group, colour in zip(groups.values(), PALETTE, strict=False) for name in group}
-    return {name: found.get(name, GREY) for name in names}
+    return group_colours(names, groups)
 
 
 def _row(axes: Axes, row: int, values: list[float], colour: str) -> float:

@@ -85,3 +85,14 @@ def test_the_same_figure_gives_the_same_bytes_and_leaves_matplotlib_alone() -> N
 def test_bad_input(name: str, draw) -> None:
     with pytest.raises(ValueError, match=rf"^{re.escape(name)}: expected"):
         draw()
+
+
+def test_boxes_of_a_group_share_a_colour() -> None:
+    given = {"a": {"fails": [1.0, 2.0], "works": [1.0, 1.1], "too": [1.0, 1.2], "none": [1.0, 1.3]}}
+    figure = facets.boxes(given, xlabel="estimate", columns=1, groups={"biased": ["fails"], "right": ["works", "too"]})
+    boxes = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 5]
+    found = [line.get_color() for line in boxes]
+    assert found[1] == found[2] != found[0] and found[3] == facets.GREY
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["biased", "right"]
+    with pytest.raises(ValueError, match="groups: expected"):
+        facets.boxes(given, xlabel="estimate", groups={"right": ["nobody"]})
