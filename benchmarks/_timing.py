@@ -14,18 +14,30 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from itertools import accumulate
 from typing import TypedDict
 
 import torch
+from threadpoolctl import threadpool_limits
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from peftref.recording import hardware
 
-__all__ = ["Floor", "Row", "bytes_floor", "compare", "counted_flops", "environment", "flops_floor", "peak_mb"]
+__all__ = [
+    "Floor",
+    "Row",
+    "bytes_floor",
+    "compare",
+    "counted_flops",
+    "environment",
+    "flops_floor",
+    "one_thread",
+    "peak_mb",
+]
 
 
 class Floor(TypedDict):
@@ -77,6 +89,18 @@ def compare(
         threads=torch.get_num_threads(),
         ours_peak_mb=peak_mb(ours), peer_peak_mb=peak_mb(peer), target=target, floor=floor,
     )  # fmt: skip
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch and the libraries below NumPy on one thread: more, sharing small work, would be timed waiting."""
+    threads = torch.get_num_threads()
+    with threadpool_limits(1):
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def peak_mb(run: Callable[[], object]) -> float:

@@ -12,7 +12,7 @@ import peft
 import torch
 from torch import nn
 
-from benchmarks._timing import Row
+from benchmarks._timing import Row, one_thread
 from benchmarks.adapters._step import BATCH, HEADS, TARGETS, TOKENS, WIDE, WIDTH, block, step_row, stir, tokens
 from peftref.adapters.adaptformer import AdaptFormer
 from peftref.adapters.baselines.lora import LoRA
@@ -30,6 +30,7 @@ METHODS: dict[str, Callable[[nn.Module], object]] = {  # EVA trains as LoRA does
     "Hydra, 4 + 4": lambda net: inject(net, Hydra, TARGETS, r_par=4, r_seq=4),
     "TLoRA(2, 4)": lambda net: inject(net, TLoRA, TARGETS, transform_rank=2, residual_rank=4),
     "TeRA": lambda net: inject(net, TeRA, TARGETS, bank=Bank()),
+    "TeRA, both sides split": lambda net: inject(net, TeRA, TARGETS, out_modes=2, bank=Bank()),
     "AdaptFormer, 64": lambda net: inject(net, AdaptFormer, ["0"], bottleneck=64, dropout=0.0),
     "VL-Adapter, r = 32": lambda net: inject(net, VLAdapter, ["proj", "fc2"], reduction=width(net) / 32),
 }
@@ -54,6 +55,7 @@ def like(theirs: nn.Module, ours: nn.Module) -> None:
             adapter.lora_B.weight.copy_(layer.lora_B["default"].weight)
 
 
+@one_thread()
 def rows(sizes: tuple[tuple[int, int, int], ...] = SIZES) -> list[Row]:
     found = []
     for size, heads, batch in sizes:

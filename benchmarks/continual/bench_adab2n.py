@@ -1,4 +1,7 @@
-"""AdaB2N against ``nn.BatchNorm2d`` and against the layer as it was published, and in a step of DER++."""
+"""AdaB2N against ``nn.BatchNorm2d`` and against the layer as it was published, and in a step of DER++.
+
+On one thread: the smaller batch is too little work to share.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from benchmarks._timing import Row, compare, counted_flops, flops_floor
+from benchmarks._timing import Row, compare, counted_flops, flops_floor, one_thread
 from peftref.continual.adab2n import AdaB2N, adaptation_loss, balance, begin_task, convert, task_batch
 from peftref.continual.baselines.rehearsal import DERpp
 from peftref.continual.core.replay import Reservoir
@@ -116,6 +119,7 @@ def a_step_of_derpp() -> Row:
     return compare(claim, ours, peer, peer_name="nn.BatchNorm2d", floor=least, warmup=5, repeats=51)
 
 
+@one_thread()
 def rows() -> list[Row]:
     shapes = {(30, 64, 32, 32): 15, (30, 512, 4, 4): 51}
     found = [against_batchnorm(shape, repeats) for shape, repeats in shapes.items()]

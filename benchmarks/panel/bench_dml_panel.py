@@ -20,9 +20,8 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
-from threadpoolctl import threadpool_limits
 
-from benchmarks._timing import Row, compare
+from benchmarks._timing import Row, compare, one_thread
 from peftref.panel.core.columns import Panel
 from peftref.panel.core.folds import Folds, make_folds
 from peftref.panel.core.inference import standard_error
@@ -181,26 +180,19 @@ def features(n_covariates: int) -> int:
     return len(monomials(2 * n_covariates + 1, 3))
 
 
+@one_thread()
 def rows() -> list[Row]:
-    with threadpool_limits(1):
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return [
-                study_row("6 panels", CELLS, 50.0),
-                study_row("1 panel", CELLS[-1:], None),
-                error_row(10_000, 10),
-                scaling_row("1e4 to 1e5 rows, units", (1000, 10), (10_000, 10), 10, 0.5),
-                scaling_row("1e5 to 1e6 rows, units", (10_000, 10), (100_000, 10), 10, 0.5),
-                scaling_row("1e5 to 1e6 rows, periods", (1000, 100), (1000, 1000), 10, 0.5),
-                scaling_row(
-                    f"{features(1)} to {features(4)} features", (1000, 10, 1), (1000, 10, 4), features(4) / features(1),
-                    None,
-                ),
-                scaling_row(
-                    f"{features(4)} to {features(8)} features", (1000, 10, 4), (1000, 10, 8), features(8) / features(4),
-                    None,
-                ),
-            ]  # fmt: skip
-        finally:
-            torch.set_num_threads(threads)
+    return [
+        study_row("6 panels", CELLS, 50.0),
+        study_row("1 panel", CELLS[-1:], 50.0),
+        error_row(10_000, 10),
+        scaling_row("1e4 to 1e5 rows, units", (1000, 10), (10_000, 10), 10, 0.5),
+        scaling_row("1e5 to 1e6 rows, units", (10_000, 10), (100_000, 10), 10, 0.5),
+        scaling_row("1e5 to 1e6 rows, periods", (1000, 100), (1000, 1000), 10, 0.5),
+        scaling_row(
+            f"{features(1)} to {features(4)} features", (1000, 10, 1), (1000, 10, 4), features(4) / features(1), None
+        ),
+        scaling_row(
+            f"{features(4)} to {features(8)} features", (1000, 10, 4), (1000, 10, 8), features(8) / features(4), None
+        ),
+    ]

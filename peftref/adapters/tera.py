@@ -38,6 +38,12 @@ text is silent, this is our reading:
 - which side of the layer stays one mode (here the output's), and which vector starts at zero (here :math:`d^{(1)}`, on
   that side). With two zero vectors nothing would ever learn; weight decay pulls there, so train without.
 
+What a token costs: the core and the factors are frozen, but not small. With one mode on the output's side ``L`` is a
+dense ``(o, o)`` matrix and ``G`` a dense ``(o, i)`` one, and the trained diagonal between them forbids to fold them
+into one: ``o (o + i)`` multiplications beside the layer's own ``o i``, whatever the number of parameters. A layer that
+widens (o = 4 i) takes six times its own. ``out_modes=2`` makes ``L`` cheap, at the price in accuracy that the paper
+reports for splitting both sides. Merged, the update costs nothing.
+
 Differs from the paper: in its Theorem 3, whose two terms are in :func:`error_terms`, the largest entry of the core is
 squared, as it must be (eq-tera-bound).
 

@@ -314,7 +314,14 @@ class TLoRA(Adapter):
     def whole(self, x: Tensor, base: Layer) -> Tensor | None:
         if self._dense(x.numel() // base.in_features, base):
             return F.linear(x, base.weight + self.delta(base)[0], base.bias)
-        return None
+        if not self.transform_rank:
+            return None
+        # eq-tlora-update:  y = W T x + Delta x: one product with W, where an increment would take a second
+        y = F.linear(transform(list(self.A), x), base.weight, base.bias)
+        if self.residual_rank:
+            up, down = self.factors()
+            y = y + F.linear(F.linear(x, down), up)
+        return y
 
     def _dense(self, n: int, base: Layer) -> bool:
         """With more rows than the weight has it is less to form dW first."""
