@@ -7,8 +7,6 @@ from .cnn import from_timm as from_timm
 from .cnn import pretrained as pretrained
 from .lite0 import efficientnet_lite0 as efficientnet_lite0
 from .lite0 import imagenet_classes as imagenet_classes
-from .residual import CifarResNet as CifarResNet
-from .residual import cifar_resnet as cifar_resnet
 from .text import Pretrained as Pretrained
 from .text import minilm as minilm
 from .text import smollm2 as smollm2
@@ -21,14 +19,12 @@ from .vit import pretrained_vit as pretrained_vit
 __all__ = [
     "Attention",
     "Block",
-    "CifarResNet",
     "Mlp",
     "Normalised",
     "PlainCNN",
     "Pretrained",
     "SmallCNN",
     "ViT",
-    "cifar_resnet",
     "efficientnet_lite0",
     "from_timm",
     "imagenet_classes",

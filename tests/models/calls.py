@@ -17,8 +17,6 @@ CALLS: dict[str, Callable[[], Call]] = {
     "SmallCNN": lambda: (models.SmallCNN, dict(in_chans=1, num_classes=4, width=4)),
     "SmallCNN.forward": lambda: (cnn().eval(), dict(x=t(2, 1, 28, 28))),
     "pretrained": lambda: (models.pretrained, dict(name="fashion8k", seed=0)),
-    "CifarResNet": lambda: (models.CifarResNet, dict(depth=8, num_classes=4)),
-    "CifarResNet.forward": lambda: (fixed(lambda: models.CifarResNet(8).eval()), dict(x=t(2, 3, 16, 16))),
     "Attention": lambda: (models.Attention, dict(dim=8, num_heads=2)),
     "Block": lambda: (models.Block, dict(dim=8, num_heads=2)),
     "Mlp": lambda: (models.Mlp, dict(dim=8, hidden=4)),
@@ -37,7 +35,6 @@ NAMELESS = {
     "smollm2": "no input",
     "Pretrained": "a pair",
     "imagenet_classes": "no input",
-    "cifar_resnet": "a file, see models/test_residual",
     "from_timm": "timm's own arguments",
     "pretrained_vit": "no input",
 }

@@ -1,41 +1,31 @@
-"""The arms of CoTTA's experiment: each method with the settings it is tried with, by name."""
+"""The arms of CoTTA's experiment: each method with its settings, by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ...data import load
+from ...fitting import predict
 from ..baselines.bn_adapt import BNAdapt
 from ..baselines.tent import Tent
 from ..core.adapted import freeze
 from ..core.views import RandomViews
 from ..cotta import CoTTA
 
-__all__ = ["ARMS", "Arm", "Setting", "ViewedTent", "WholeTent"]
-
-ALWAYS = 2.0  # a threshold that no confidence reaches
+Wrap = Callable[[nn.Module], nn.Module]
 
 
-class Setting(NamedTuple):
-    """What is tried: learning rate, and memory of the teacher."""
+def published_threshold(net: nn.Module, name: str) -> float:
+    """The authors' rule: the 5 % quantile of the source's confidence on its training images, minus 0.05."""
+    sure = predict(net, load(name).train.x).softmax(1).amax(1)
+    return float(sure.quantile(0.05)) - 0.05
 
-    lr: float = 0.0
-    m: float = 0.0
 
-
-class Arm(NamedTuple):
-    """A method with a grid of settings, the published one first, or the only one.
-
-    Attributes:
-        wrap: makes the method of a network, a setting, and a number of views.
-        grid: what is tried on the validation stream.
-    """
-
-    wrap: Callable[[nn.Module, Setting, int], nn.Module]
-    grid: tuple[Setting, ...] = (Setting(),)
+def plain(net: nn.Module, lr: float, m: float, r: float = 0.01) -> nn.Module:
+    return CoTTA(net, lr, m, r, n_views=0, symmetric=True)
 
 
 class WholeTent(Tent):
@@ -48,52 +38,35 @@ class WholeTent(Tent):
         self.optimizer = self.optimizer_factory(every, lr=self.lr)
 
 
-class ViewedTent(Tent):
-    """Tent that answers by the mean over views; what it learns from is the batch as it is."""
+def arms_of(name: str, chosen: Mapping[str, str], everything: bool) -> dict[str, Wrap]:
+    lr, m = (float(word) for word in chosen["CoTTA"].split())
+    flip = name != "mnist5k"  # a mirrored 2 is not a 2
 
-    def __init__(self, model: nn.Module, lr: float, n_views: int) -> None:
-        super().__init__(model, lr)
-        self.n_views = n_views
-        self.views = RandomViews()
+    def views(net: nn.Module, lr: float = 1e-3) -> nn.Module:
+        return CoTTA(net, lr, n_views=4, threshold=2.0, views=RandomViews(0, flip))
 
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            answers = torch.stack([self.logits(self.model, self.views(x)) for _ in range(self.n_views)])
-        super().forward(x)
-        return answers.mean(0)
+    def rule(net: nn.Module) -> nn.Module:
+        return CoTTA(net, n_views=4, threshold=published_threshold(net, name), views=RandomViews(0, flip))
 
-
-def _cotta(r: float = 0.01, symmetric: bool = False, views: bool = True) -> Callable[[nn.Module, Setting, int], CoTTA]:
-    def wrap(net: nn.Module, setting: Setting, n_views: int) -> CoTTA:
-        seen = n_views if views else 0
-        return CoTTA(net, setting.lr, setting.m, r, ALWAYS, seen, symmetric=symmetric)
-
-    return wrap
-
-
-def _settings(*pairs: tuple[float, float]) -> tuple[Setting, ...]:
-    return tuple(Setting(lr, m) for lr, m in pairs)
-
-
-def _rates(*rates: float) -> tuple[Setting, ...]:
-    return tuple(Setting(lr) for lr in rates)
-
-
-PLAIN = _settings((1e-3, 0.999), (3e-3, 0.99), (1e-2, 0.99), (3e-2, 0.99))
-SYMMETRIC = _settings((1e-3, 0.999), (1e-2, 0.99), (1e-3, 0.9), (3e-3, 0.9))
-
-ARMS: dict[str, Arm] = {
-    "source": Arm(lambda net, setting, n_views: net),
-    "BN-adapt": Arm(lambda net, setting, n_views: BNAdapt(net)),
-    "Tent": Arm(lambda net, setting, n_views: Tent(net, setting.lr), _rates(1e-3, 3e-3, 1e-2, 3e-2)),
-    "all-parameter Tent": Arm(lambda net, setting, n_views: WholeTent(net, setting.lr), _rates(1e-3, 3e-4, 1e-4, 3e-5)),
-    "views alone": Arm(_cotta()),
-    "CoTTA": Arm(_cotta(), PLAIN),
-    "without views": Arm(_cotta(symmetric=True, views=False), SYMMETRIC),
-    "without average": Arm(_cotta(), _rates(1e-4, 3e-5, 1e-5)),
-    "without restoration": Arm(_cotta(r=0.0), PLAIN[:1] + PLAIN[2:]),
-    "Tent and views": Arm(lambda net, setting, n_views: ViewedTent(net, setting.lr, n_views), _rates(1e-3, 1e-2)),
-    # for the long stream, where the three brakes have time; all learn without views, by the symmetric loss
-    "without average, without views": Arm(_cotta(symmetric=True, views=False), _rates(1e-3, 3e-4, 1e-4, 3e-5)),
-    "without restoration, without views": Arm(_cotta(0.0, True, False), SYMMETRIC),
-}
+    arms: dict[str, Wrap] = {
+        "source": lambda net: net,
+        "BN-adapt": BNAdapt,
+        "Tent, tuned": partial(Tent, lr=float(chosen["Tent"])),
+        "CoTTA, tuned": partial(plain, lr=lr, m=m),
+        "all-parameter Tent, tuned": partial(WholeTent, lr=float(chosen["all-parameter Tent"])),
+        "no average, tuned": partial(plain, lr=float(chosen["no average"]), m=0.0),
+        "CoTTA, rule": rule,
+        "CoTTA, views": views,
+    }
+    if everything:
+        arms |= {
+            "CoTTA, views, lr 0": partial(views, lr=0.0),
+            "CoTTA, tuned, m 0": partial(plain, lr=lr, m=0.0),
+            "CoTTA, tuned, r 0": partial(plain, lr=lr, m=m, r=0.0),
+            "CoTTA, tuned, r 0.1": partial(plain, lr=lr, m=m, r=0.1),
+            "Tent, lr 0.03": partial(Tent, lr=3e-2),
+            "CoTTA, lr 0.03, m 0.999": partial(plain, lr=3e-2, m=0.999),
+            "Tent, lr 0.1": partial(Tent, lr=0.1),
+            "CoTTA, lr 0.1, m 0.999": partial(plain, lr=0.1, m=0.999),
+        }
+    return arms
