@@ -292,6 +292,23 @@ def test_every_option_changes_the_output() -> None:
     assert all(not torch.allclose(a, b) for i, a in enumerate(outputs) for b in outputs[:i])
 
 
+@pytest.mark.parametrize("rows", [2, 50])
+@pytest.mark.parametrize(("R", "r"), [(2, 2), (2, 0), (0, 2)])
+def test_increment_and_whole_output_are_the_same_layer(rows: int, R: int, r: int) -> None:
+    layer = nn.Linear(12, 10).double()
+    base = view(layer)
+    adapter = TLoRA(base, transform_rank=R, residual_rank=r).double()
+    for p in adapter.parameters():
+        nn.init.normal_(p, std=0.5)
+    x = torch.randn(rows, 3, 12, dtype=torch.double)
+    expected = x @ (layer.weight + adapter.delta(base)[0]).T + layer.bias
+    assert_close(layer(x) + adapter(x, layer(x), base), expected)
+    whole = adapter.whole(x, base)
+    assert (whole is None) == (R == 0)
+    if whole is not None:
+        assert_close(whole, expected)
+
+
 def test_several_transforms_each_read_the_frozen_weight() -> None:
     net, first = one(6, 4, transform_rank=2, residual_rank=0)
     inject(net, TLoRA, ["0"], name="second", transform_rank=2, residual_rank=0)
