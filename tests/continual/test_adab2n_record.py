@@ -50,7 +50,7 @@ def test_the_rule_of_an_arm():
         0.5,
         10,
     )
-    half = pieces.rule_of(pieces.ARMS["half the replay, BN, one pass"], kept, 0)
+    half = pieces.rule_of(pieces.Arm("DER++", replay=5), kept, 0)
     assert isinstance(half, DERpp) and (half.forwards, half.batch_size) == ("one", 5)
     ace = pieces.rule_of(pieces.ARMS["ER-ACE, BN, two passes"], kept, 0)
     assert isinstance(ace, ERACE) and ace.forwards == "each"

@@ -62,8 +62,6 @@ ARMS = {
     "ER-ACE, BN, one pass": Arm("ER-ACE"),
     "ER-ACE, AdaB2N": Arm("ER-ACE", balanced=True),
     "DER++, AdaB2N, fast psi": Arm("DER++", balanced=True, faster=100.0),
-    "half the replay, BN, one pass": Arm("DER++", replay=5),
-    "half the replay, AdaB2N, fast psi": Arm("DER++", balanced=True, replay=5, faster=100.0),
 }
 
 
