@@ -254,12 +254,9 @@ class TLoRA(Adapter):
         in_modes: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("transform_rank", transform_rank, 0),
-            ("residual_rank", residual_rank, 0),
-            ("order", order, 1),
-        ):
-            integer(name, value, least)
+        integer("transform_rank", transform_rank, 0)
+        integer("residual_rank", residual_rank, 0)
+        integer("order", order, 1)
         if not transform_rank and not residual_rank:
             raise ValueError("transform_rank, residual_rank: expected one of them above 0, got 0 and 0")
         one_of("init", init, INITS)
@@ -306,10 +303,7 @@ class TLoRA(Adapter):
         if self.transform_rank:
             rows = base.rows(x)
             dy = F.linear(transform(list(self.A), rows) - rows, base.weight)
-        if self.residual_rank:
-            up, down = self.factors()
-            dy = dy + F.linear(base.linear(x, down), up)
-        return dy
+        return dy + self._residual(x, base) if self.residual_rank else dy
 
     def whole(self, x: Tensor, base: Layer) -> Tensor | None:
         if self._dense(x.numel() // base.in_features, base):
@@ -318,10 +312,11 @@ class TLoRA(Adapter):
             return None
         # eq-tlora-update:  y = W T x + Delta x: one product with W, where an increment would take a second
         y = F.linear(transform(list(self.A), x), base.weight, base.bias)
-        if self.residual_rank:
-            up, down = self.factors()
-            y = y + F.linear(F.linear(x, down), up)
-        return y
+        return y + self._residual(x, base) if self.residual_rank else y
+
+    def _residual(self, x: Tensor, base: Layer) -> Tensor:
+        up, down = self.factors()
+        return F.linear(base.linear(x, down), up)
 
     def _dense(self, n: int, base: Layer) -> bool:
         """With more rows than the weight has it is less to form dW first."""

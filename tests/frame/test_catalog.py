@@ -67,7 +67,7 @@ def test_the_table_of_contents_has_the_ready_methods_in_order() -> None:
     text = catalog_pages.toc(ROOT)
     listed = re.findall(r"file: book/(?!api/)(\w+/(?!index)\w+)$", text, re.M)
     ready = [method for part in catalog.PARTS for method in catalog.METHODS if method.part == part.slug]
-    pages = [(method.part, page) for method in ready if method.status == "ready" for page in (method.slug, *method.more)]
+    pages = [(m.part, page) for m in ready if m.status == "ready" for page in (m.slug, *m.more)]
     assert listed == [f"{part}/{page}" for part, page in pages]
 
 

@@ -1,4 +1,4 @@
-"""Readings of the paper's design: the same yardsticks as the package's estimators, and a distance that is chi-squared."""
+"""Readings of the paper's design: yardsticks that are the package's estimators, a distance that is chi-squared."""
 
 from __future__ import annotations
 
